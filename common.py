@@ -1,0 +1,1096 @@
+"""What the scripts share, in the order in which a run meets it: settings, processes, data, micro-batches, the
+model and its attention, log-probs, the reference, metrics, checkpoints, the export. No method is named here.
+
+Letters in shapes: B pairs or rows, R responses, T tokens of a micro-batch, N scored tokens of it, H hidden
+size, V vocabulary. Log-probs are in nats, summed over a response's scored tokens.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import heapq
+import importlib.util
+import inspect
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+import types
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import huggingface_hub
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
+from tqdm.auto import tqdm
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import GenerationConfig, HfArgumentParser
+
+# Saturated pairs give denormal head gradients, which slow a CPU's matrix products a hundredfold. Worker threads
+# take the setting over when they start, so it comes before torch computes anything.
+torch.set_flush_denormal(True)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are tokenized by parallel processes instead
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+HERE = Path(__file__).resolve().parent
+# What `--resume` may change: how long the run is, how it is computed and reported, but not what it computes.
+MAY_CHANGE = "output_dir num_train_epochs max_steps tokens_per_micro_batch gradient_checkpointing eval_every"
+MAY_CHANGE += " save_every keep_checkpoints export_every report_to"
+READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+def fail(message):
+    """Ends the run for an error of use: one line, no traceback, exit code 2."""
+    # Until the processes have met, all of them find the same fault, and one of them says it.
+    if dist.is_initialized() or int(os.environ.get("RANK", 0)) == 0:
+        print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def brief(error):
+    """The kind of an error and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def parse_args(Args):
+    """An `Args` from the command line, in front of which a `--config FILE.yaml` puts its own arguments."""
+    parser = HfArgumentParser(Args, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings; the command line's own win")
+    parser.error = fail
+    config = parser.parse_known_args()[0].config
+    arguments = (recipe_arguments(Path(config), Args) if config else []) + sys.argv[1:]
+    try:
+        args, *_, unknown = parser.parse_args_into_dataclasses(arguments, True, look_for_args_file=False)
+    except ValueError as error:  # the method's own checks, in Args.__post_init__
+        fail(error)
+    return fail(f"unknown argument: {' '.join(unknown)} (see --help)") if unknown else args
+
+
+def recipe_arguments(path, Args):
+    """A recipe as `--key=value` arguments: its top-level keys, without those of other scripts, then those under
+    this script's name. A key that no script has is an error."""
+    script = Path(inspect.getfile(Args)).stem
+    known = {file.stem: names for file in HERE.glob("*.py") if (names := argument_names(file))}
+    known[script] = {field.name for field in dataclasses.fields(Args)}
+    try:
+        recipe = dict(yaml.safe_load(path.read_text()) or {})
+        sections = {name: dict(recipe.pop(name) or {}) for name in known if name in recipe}
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        fail(f"--config {path}: {error}")
+    for name, section in [("", recipe), *sections.items()]:
+        for key in section.keys() - (known[name] if name else set().union(*known.values())):
+            fail(f"--config {path}: {f'{name}.py' if name else 'no script'} has no setting {key!r}")
+    settings = {key: value for key, value in recipe.items() if key in known[script]} | sections.get(
+        script, {}
+    )
+    arguments = []
+    for key, value in settings.items():
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            arguments.append(f"--{key}={value}")
+    return arguments
+
+
+def argument_names(script):
+    """The fields of a script's `Args`, read without running it; None where it has no such class."""
+    for node in ast.parse(script.read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            return {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
+
+
+def start(args):
+    """Joins the processes that torchrun started (without it: a world of one), and claims the output folder."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.use_deterministic_algorithms(not cuda)
+    if not dist.is_initialized():
+        # The others wait while rank 0 downloads and tokenizes: that may take longer than the usual ten minutes.
+        how = dict(backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(**how, **alone)
+    if dist.get_rank() > 0:
+        datasets.disable_progress_bars()
+    with rank_zero_first():
+        if dist.get_rank() == 0:
+            check_settings(args)
+            claim_output_dir(args)
+    return Run(args)
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """Rank 0 enters alone (it downloads, checks, fills caches), the others after it. Where it fails, all end."""
+    if not dist.is_initialized():
+        yield
+        return
+    failed = torch.zeros(1)
+    if dist.get_rank() > 0:
+        dist.broadcast(failed, 0)
+        if failed:
+            raise SystemExit(2)  # rank 0 has said why
+    try:
+        yield
+    except BaseException:
+        failed.fill_(1)
+        raise
+    finally:
+        if dist.get_rank() == 0:
+            dist.broadcast(failed, 0)
+
+
+def check_settings(args):
+    """What must hold in every script."""
+    for name in ("batch_size", "tokens_per_micro_batch", "max_length", "max_grad_norm", "keep_checkpoints"):
+        if getattr(args, name) <= 0:
+            fail(f"--{name} must be above 0, not {getattr(args, name)}")
+    for name in ("num_train_epochs", "max_steps", "eval_every", "save_every", "export_every", "warmup_ratio"):
+        if getattr(args, name) < 0:
+            fail(f"--{name} must not be below 0")
+    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+        fail(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
+
+
+def claim_output_dir(args):
+    """Writes config.yaml into an empty folder. Under `--resume`, the folder may hold a run of the same settings."""
+    folder, settings = Path(args.output_dir), dataclasses.asdict(args)
+    del settings["resume"]
+    saved = folder / "config.yaml"
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        if not args.resume:
+            fail(f"--output_dir {folder} is in use: choose another, or go on with its run by --resume")
+        if not saved.is_file():
+            fail(f"--resume: {folder} holds no run, for it has no config.yaml")
+        before = yaml.safe_load(saved.read_text())
+        for name in [name for name in settings if name not in MAY_CHANGE.split()]:
+            if settings[name] != before.get(name):
+                fail(f"--resume: the run in {folder} has {name} {before.get(name)}, not {settings[name]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    saved.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+class Run:
+    """What a process knows of the run: its place among the others, its device, and where the output goes."""
+
+    def __init__(self, args):
+        self.args, self.output_dir, self.tracker = args, Path(args.output_dir), None
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        self.compute_dtype = torch.bfloat16 if cuda else torch.float32
+        self.mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
+
+    def progress(self, first_step, last_step):
+        """The steps that are left, under a bar that `log` keeps up to date. The run's first step is 0."""
+        steps = range(first_step, last_step)
+        self.bar = tqdm(steps, "train", last_step, initial=first_step, unit="step", disable=self.rank > 0)
+        return self.bar
+
+    def log(self, step, metrics):
+        """A line of metrics.jsonl, a point for the tracker, and the bar's figures. `step` counts done updates."""
+        if self.rank > 0:
+            return
+        with open(self.output_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.args.report_to != "none":
+            self.tracker = self.tracker or open_tracker(self.args)
+            self.tracker(metrics, step)
+        shown = {"loss": "loss", "margin": "rewards/margins", "tok/s": "tokens_per_second"}
+        self.bar.set_postfix({key: f"{metrics[name]:.4g}" for key, name in shown.items() if name in metrics})
+
+
+def open_tracker(args):
+    """A function (metrics, step) that reports to wandb, trackio or tensorboard."""
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(args.output_dir)
+        return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
+    tracker = importlib.import_module(args.report_to)  # trackio has wandb's interface
+    tracker.init(project=HERE.name, name=Path(args.output_dir).name, config=dataclasses.asdict(args))
+    return lambda metrics, step: tracker.log(metrics, step=step)
+
+
+def print0(message):
+    """Prints on rank 0, above a progress bar if there is one."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(message)
+
+
+def model_folder(name, weights=False):
+    """A model's folder: `name` itself, or the hub's files of that name, without pickles and without code."""
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"] + ["*.safetensors"] * weights
+    copies = ["*/*", "consolidated*"]  # the weights again, in other formats
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=copies))
+    except (OSError, ValueError) as error:
+        fail(f"--model {name}: no such folder, and not to be had from the Hugging Face hub: {brief(error)}")
+
+
+def load_tokenizer(name):
+    """The tokenizer of a model folder or hub model."""
+    with rank_zero_first():
+        try:
+            return AutoTokenizer.from_pretrained(model_folder(name))
+        except (OSError, ValueError) as error:
+            fail(f"--model {name}: its tokenizer cannot be read: {brief(error)}")
+
+
+class Split:
+    """Tokenized rows. A row is a prompt and its responses: two in a pair, one in a labelled row or a chat."""
+
+    def __init__(self, rows):
+        self.rows = rows  # prompt: ids; responses: ids of each; scored: a mask over each; label: bool
+        self.tokens = np.array(rows["tokens"][:])  # (rows,) tokens to compute
+        self.lengths = torch.tensor(rows["lengths"][:])  # (rows, responses) scored tokens
+        self.fingerprint = hashlib.sha256("".join(rows["digest"][:]).encode()).hexdigest()
+        self.ref = None  # (rows, responses) float32 log-probs, from add_reference
+
+    def __len__(self):
+        return len(self.tokens)
+
+
+def load_pairs(args, tokenizer):
+    """Preference pairs, from `chosen` and `rejected`, and `prompt` where those are completions alone."""
+    return load_splits(args, tokenizer, encode_pair, [{"chosen", "rejected"}])
+
+
+def load_unpaired(args, tokenizer):
+    """Labelled rows, from `prompt`, `completion` and `label`, or from pairs taken apart."""
+    return load_splits(args, tokenizer, encode_unpaired, [{"completion", "label"}, {"chosen", "rejected"}])
+
+
+def load_chats(args, tokenizer):
+    """Chats with every assistant turn scored, from `messages`, or from `prompt` and `completion`."""
+    return load_splits(args, tokenizer, encode_chat, [{"messages"}, {"prompt", "completion"}])
+
+
+def load_splits(args, tokenizer, encode, layouts):
+    """(training split, held-out split or None), tokenized. Prints what was kept, cut and dropped."""
+    with rank_zero_first():
+        train = read_split(args, args.train_split, encode, layouts, tokenizer)
+        held_out = read_split(args, args.eval_split, encode, layouts, tokenizer) if args.eval_split else None
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if not processes <= args.batch_size <= len(train):
+            fail(
+                f"--batch_size {args.batch_size} must lie between {processes} (processes) and {len(train)} (rows)"
+            )
+        if held_out and len(held_out) < processes:
+            fail(
+                f"--eval_split {args.eval_split}: {len(held_out)} rows are too few for {processes} processes"
+            )
+    return train, held_out
+
+
+def read_split(args, name, encode, layouts, tokenizer):
+    """The split `name`: the file `<dataset>/<name>.<ending>`, or `dataset` itself if that is a file (all of it for
+    training, None for evaluation), or from the hub."""
+    path = Path(args.dataset)
+    if path.is_file() and name != args.train_split:
+        return print0(f"{name}: none, for --dataset is one file")
+    if path.is_dir():
+        files = [path / f"{name}{ending}" for ending in READERS]
+        path = next(filter(Path.is_file, files), files[0])
+    if path.is_file() != (path.suffix in READERS):
+        fail(f"--dataset: there is no file {path} ({', '.join(READERS)} are read)")
+    source = path if path.is_file() else f"{args.dataset} {name}"
+    try:
+        if path.is_file():
+            raw = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        else:  # one short request first, as load_dataset itself tries for half a minute to reach the hub
+            huggingface_hub.snapshot_download(args.dataset, repo_type="dataset", allow_patterns="README.md")
+            raw = datasets.load_dataset(args.dataset, split=name)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        fail(f"--dataset {source}: cannot be read: {brief(error.__cause__ or error)}")
+    if not any(layout <= set(raw.column_names) for layout in layouts):
+        needed = ", or ".join(" and ".join(sorted(layout)) for layout in layouts)
+        fail(f"--dataset {source} has the columns {', '.join(raw.column_names)}; needed are {needed}")
+    return tokenize(raw, source, encode, tokenizer, args.max_length)
+
+
+def tokenize(raw, source, encode, tokenizer, max_length):
+    """Rows to a Split, by parallel processes, and once: `datasets` keeps the result by a hash of all that went in."""
+    state = [raw._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    state += [tokenizer.eos_token_id, encode.__name__, max_length, Path(__file__).read_text()]
+    try:
+        rows = raw.map(
+            encode_rows,
+            batched=True,
+            with_indices=True,
+            remove_columns=raw.column_names,
+            fn_kwargs=dict(encode=encode, tokenizer=tokenizer, max_length=max_length),
+            num_proc=min(os.cpu_count(), 32, len(raw) // 500) or None,
+            new_fingerprint=hashlib.sha256(repr(state).encode()).hexdigest()[:32],
+            desc="tokenize",
+        )
+    except ValueError as error:
+        fail(f"--dataset {source}: {error}")
+    fates = rows["dropped"][:] if len(rows) else []
+    kept = rows.select([place for place, why in enumerate(fates) if not why])
+    counts = Counter(why or "kept" for why in fates) + Counter(
+        note for notes in kept["notes"][:] for note in notes
+    )
+    print0(f"{source}: {len(raw)} rows: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    return Split(kept) if len(kept) else fail(f"--dataset {source}: no row is left to use")
+
+
+def encode_rows(batch, indices, encode, tokenizer, max_length):
+    """Raw rows to token ids, for `Dataset.map`. Raises ValueError with the row's number, which counts from 0."""
+    examples = []
+    for index, *values in zip(indices, *batch.values(), strict=True):
+        try:
+            encoded = encode(dict(zip(batch, values, strict=True)), tokenizer)
+        except ValueError as error:
+            raise ValueError(f"row {index}: {error}") from None
+        examples += [fit(max_length=max_length, **example) for example in encoded]
+    return {name: [example[name] for example in examples] for name in examples[0]}
+
+
+def fit(prompt, responses, scored, empty, merged, max_length, label=True):
+    """An example cut to max_length tokens, its prompt included, with the reason to drop it if there is one."""
+    room = max(0, max_length - len(prompt))
+    cut, same = max(map(len, responses)) > room, len(responses) == 2 and responses[0] == responses[1]
+    responses, scored = [ids[:room] for ids in responses], [mask[:room] for mask in scored]
+    lengths = [sum(mask) for mask in scored]
+    reasons = {"the prompt fills max_length": not room, "an empty answer": empty, "no prompt": not prompt}
+    reasons["nothing to score"] = not all(lengths)
+    notes = {
+        "cut to max_length": cut,
+        "with identical answers": same,
+        "with a prompt that ends inside a token": merged,
+    }
+    example = dict(prompt=prompt, responses=responses, scored=scored, lengths=lengths, label=label)
+    return example | dict(
+        tokens=len(prompt) + sum(map(len, responses)),
+        digest=hashlib.sha256(repr(example).encode()).hexdigest(),
+        dropped=next((reason for reason, holds in reasons.items() if holds), ""),
+        notes=[note for note, holds in notes.items() if holds],
+    )
+
+
+def encode_pair(row, tokenizer):
+    """One example with two responses."""
+    prompt, chosen = split_turns(row, "chosen")
+    other_prompt, rejected = split_turns(row, "rejected")
+    if prompt != other_prompt:
+        raise ValueError("chosen and rejected answer different prompts")
+    return [encode_responses(prompt, [chosen, rejected], tokenizer)]
+
+
+def encode_unpaired(row, tokenizer):
+    """One example with one response and its label; a pair gives two."""
+    labels = {"completion": row["label"]} if "label" in row else {"chosen": True, "rejected": False}
+    if not all(isinstance(label, bool) for label in labels.values()):
+        raise ValueError(f"label must be true or false, not {row['label']!r}")
+    turns = {column: split_turns(row, column) for column in labels}
+    return [
+        encode_responses(x, [y], tokenizer) | dict(label=labels[column]) for column, (x, y) in turns.items()
+    ]
+
+
+def encode_chat(row, tokenizer):
+    """One example with one response: all behind the first assistant header, with a mask of the assistant's turns."""
+    if "messages" in row:
+        messages = in_turns(messages_of(row["messages"], "user", "messages"), "messages")
+        answered = max(
+            [place for place, turn in enumerate(messages) if turn["role"] == "assistant"], default=0
+        )
+        prompt, completion = (
+            messages[:answered],
+            messages[answered : answered + 1],
+        )  # a last question is left out
+    else:
+        prompt, completion = split_turns(row, "completion")
+    example = encode_responses(prompt, [completion], tokenizer)
+    if isinstance(prompt, str):
+        return [example]
+    ids = example["prompt"] + example["responses"][0]
+    mask = [False] * len(example["prompt"]) + example["scored"][0]
+    for place in [place for place, turn in enumerate(prompt) if turn["role"] == "assistant"]:
+        start = common_prefix(ids, to_ids(prompt[:place], tokenizer, header=True))
+        # The turn goes to its end token. Where a template writes none, it goes to where the chat up to this turn
+        # parts from the whole one, which is no sign where a template writes the last turn in a form of its own.
+        end = ids.index(ids[-1], start) + 1
+        parting = common_prefix(ids, end_once(to_ids(prompt[: place + 1], tokenizer), tokenizer))
+        end = min(end, parting) if parting > start else end
+        mask[start:end] = [True] * (end - start)
+    first = mask.index(True) if any(mask) else len(ids)
+    return [example | dict(prompt=ids[:first], responses=[ids[first:]], scored=[mask[first:]])]
+
+
+def encode_responses(prompt, completions, tokenizer):
+    """One example. Each completion is tokenized together with the prompt; the prompt is then the longest prefix of
+    tokens that all have in common, so that no token straddles the boundary and every response has the same prompt."""
+    prompt_ids = to_ids(prompt, tokenizer, header=True)
+    texts = [end_once(to_ids(prompt + completion, tokenizer), tokenizer) for completion in completions]
+    size = min(common_prefix(prompt_ids, ids) for ids in texts)
+    answers = [answer if isinstance(answer, str) else answer[0]["content"] for answer in completions]
+    return dict(
+        prompt=prompt_ids[:size],
+        responses=[ids[size:] for ids in texts],
+        scored=[[True] * len(ids[size:]) for ids in texts],
+        empty=not all(map(str.strip, answers)),
+        merged=size < len(prompt_ids),
+    )
+
+
+def split_turns(row, column):
+    """(prompt, completion): two strings, or two message lists, the second of one assistant turn."""
+    value, prompt = row[column], row.get("prompt")
+    if isinstance(value, str) and isinstance(prompt, str):
+        return prompt, value
+    turns = messages_of(value, "assistant", column)
+    if turns[0].get("role") == "assistant":  # the completion alone
+        turns = messages_of(prompt, "user", "prompt") + turns
+    if in_turns(turns, column)[-1]["role"] != "assistant":
+        raise ValueError(f"{column} must end with a turn of the assistant, not of the {turns[-1]['role']}")
+    return turns[:-1], turns[-1:]
+
+
+def messages_of(value, role, column):
+    """A message list as it is, and a string as one message of `role`. Raises ValueError for anything else."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{column} must be a string or a list of messages, not {value!r:.99}")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError(f"{column} has a message whose content is no string: {message!r:.99}")
+    return value
+
+
+def in_turns(messages, column):
+    """The messages. Raises ValueError unless user and assistant take turns, after a system turn if there is one."""
+    roles = [message.get("role") for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if not turns or any(role != ("user", "assistant")[place % 2] for place, role in enumerate(turns)):
+        raise ValueError(
+            f"{column} has turns of {', '.join(map(str, roles))}; user and assistant must take turns"
+        )
+    return messages
+
+
+def to_ids(text, tokenizer, header=False):
+    """Token ids of messages as the chat template writes them (`header`: with the start of the assistant's turn), or
+    of plain text, with the special tokens that the tokenizer puts around it."""
+    if isinstance(text, str):
+        return tokenizer(text)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise ValueError("messages need a chat template, and this model's tokenizer has none")
+    try:
+        rendered = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=header)
+    except Exception as error:  # a template may raise anything
+        if text[0]["role"] != "system" or len(text) == 1:
+            raise ValueError(f"the chat template refuses the messages: {error}") from None
+        # Gemma's and older Mistral templates know no system turn.
+        user = {"role": "user", "content": f"{text[0]['content']}\n\n{text[1]['content']}"}
+        return to_ids([user, *text[2:]], tokenizer, header)
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def end_once(ids, tokenizer):
+    """The template's end token stays and white space behind it goes; text without an end token gets one."""
+    end = len(ids)
+    while end and tokenizer.decode(ids[end - 1 : end]).isspace():
+        end -= 1
+    last = ids[end - 1 : end]
+    special = tokenizer.decode(last) != "" and tokenizer.decode(last, skip_special_tokens=True) == ""
+    return ids[:end] if special else ids + [tokenizer.eos_token_id]
+
+
+def common_prefix(a, b):
+    """The number of leading tokens that two lists share."""
+    return next(
+        (place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def rows_of_step(train, step, args):
+    """(batch_size,) row numbers. The order is a function of seed and epoch, so a step number is all that resuming
+    needs. What fills no batch at an epoch's end is left out; each epoch leaves out others."""
+    epoch, place = divmod(step, len(train) // args.batch_size)
+    order = np.random.default_rng((args.seed, epoch)).permutation(len(train))
+    return order[place * args.batch_size :][: args.batch_size]
+
+
+def micro_batches(train, step, args, run):
+    """This process's share of a step's rows."""
+    return share(train, rows_of_step(train, step, args), args, run)
+
+
+def whole_split(split, name, args, run):
+    """This process's share of a whole split, under a progress bar."""
+    return share(split, np.arange(len(split)), args, run, name)
+
+
+def share(split, rows, args, run, name=None):
+    """Deals the rows to the processes and packs this one's part, a Batch at a time."""
+    bins = deal(split.tokens, rows, args.tokens_per_micro_batch, run.world_size)[run.rank :: run.world_size]
+    step_tokens = int(split.lengths[rows].sum())
+    for members in tqdm(bins, name, unit="batch", leave=False, disable=not name or run.rank > 0):
+        yield pack(split, members, step_tokens, run.device)
+
+
+def deal(tokens, rows, budget, processes):
+    """Rows dealt, longest first, into the emptiest of processes x k bins, k the smallest that keeps all bins within
+    max(budget, longest row). No bin is empty and each process has k: otherwise FSDP would wait forever."""
+    rows = sorted(rows, key=lambda row: -tokens[row])
+    budget = max(budget, tokens[rows[0]])
+    most = (
+        len(rows) // processes
+    )  # any more, and a bin would be empty; at this k two rows may exceed the budget
+    fewest = math.ceil(sum(tokens[row] for row in rows) / budget / processes)
+    for k in range(min(fewest, most), most + 1):
+        bins = [(0, place, []) for place in range(processes * k)]  # a heap, the emptiest first
+        for row in rows:
+            load, place, members = bins[0]
+            heapq.heapreplace(bins, (load + tokens[row], place, members + [row]))
+        if max(bins)[0] <= budget:
+            break
+    return [members for _, _, members in sorted(bins, key=lambda item: item[1])]
+
+
+@dataclasses.dataclass
+class Batch:
+    """Rows of a micro-batch as one sequence without padding: each prompt once, its responses behind it."""
+
+    rows: list  # row numbers in the split
+    ids: Tensor  # (1, T)
+    positions: Tensor  # (1, T) each response goes on where its prompt ends
+    keys: Tensor  # the keys of each response in turn: the places of its prompt, then its own
+    key_lengths: list  # (R,)
+    query_lengths: list  # (R,) its own tokens, and for a row's first response the prompt's as well
+    starts: list  # running sums of the query and the key lengths, (R + 1,) int32 each
+    heads: Tensor  # (N,) the places that predict the scored tokens
+    targets: Tensor  # (N,) the scored tokens
+    owners: Tensor  # (N,) their responses
+    lengths: Tensor  # (R,) scored tokens of each response
+    ref_sums: Tensor | None  # (R,) the reference's log-probs
+    step_tokens: int  # scored tokens of the whole step, on all processes
+
+    @property
+    def ref(self):
+        """The reference's PairLogps; None where there is no reference."""
+        return None if self.ref_sums is None else as_pairs(self.ref_sums, self.lengths)
+
+
+def pack(split, rows, step_tokens, device):
+    """A Batch of these rows."""
+    ids, positions, keys, key_lengths, query_lengths, heads, targets, owners = ([] for _ in range(8))
+    end = 0  # of what is packed so far
+    for row in (split.rows[int(row)] for row in rows):
+        prompt = np.arange(end, end := end + len(row["prompt"]))
+        ids.append(row["prompt"])
+        positions.append(prompt - prompt[0])
+        for response, mask in zip(row["responses"], row["scored"], strict=True):
+            own = np.arange(end, end := end + len(response))
+            ids.append(response)
+            positions.append(own - own[0] + len(prompt))
+            keys += [prompt, own]
+            key_lengths.append(len(prompt) + len(own))
+            query_lengths.append(len(own) if own[0] > prompt[-1] + 1 else key_lengths[-1])
+            heads.append(np.append(prompt[-1], own[:-1])[mask])
+            targets.append(np.array(response)[mask])
+            owners.append(np.full(sum(mask), len(owners)))
+    ids, positions, keys, heads, targets, owners = (
+        torch.from_numpy(np.concatenate(parts)).to(device)
+        for parts in (ids, positions, keys, heads, targets, owners)
+    )
+    starts = [
+        torch.tensor([0, *np.cumsum(x)], dtype=torch.int32).to(device) for x in (query_lengths, key_lengths)
+    ]
+    lengths = split.lengths[rows].flatten().to(device)
+    ref_sums = None if split.ref is None else split.ref[rows].flatten().to(device)
+    places = (keys, key_lengths, query_lengths, starts, heads, targets, owners)
+    return Batch(rows, ids[None], positions[None], *places, lengths, ref_sums, step_tokens)
+
+
+def packed_attention(
+    module, query, key, value, mask, scaling=None, sliding_window=None, softcap=None, **kwargs
+):
+    """Causal attention by segment, for transformers' AttentionInterface: a response sees its prompt and itself.
+    query (1, heads, T, d), key and value (1, kv_heads, T, d) -> (1, T, heads, d), None."""
+    batch = kwargs["batch"]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
+    key, value = key[batch.keys], value[batch.keys]  # the prompt's keys again for each response
+    if query.is_cuda and softcap is None:
+        # Its causal mask is aligned to the last key, as segments with fewer queries than keys need it.
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))  # torch 2.11 has no enable_gqa
+        longest = max(batch.query_lengths), max(batch.key_lengths)
+        window = ((sliding_window or 0) - 1, 0)
+        out = varlen_attn(query, key, value, *batch.starts, *longest, scale=scaling, window_size=window)
+    else:
+        parts = query.split(batch.query_lengths), key.split(batch.key_lengths), value.split(batch.key_lengths)
+        out = torch.cat(
+            [segment_attention(*x, scaling, sliding_window, softcap) for x in zip(*parts, strict=True)]
+        )
+    return out[None], None
+
+
+def segment_attention(query, key, value, scaling, sliding_window, softcap):
+    """One segment: queries (Q, heads, d) stand at the last Q places of keys and values (K, kv_heads, d)."""
+    queries, keys = len(query), len(key)
+    window = sliding_window or keys
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, length, d)
+    mask = None
+    if softcap or queries < keys or window < keys:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril(keys - queries).triu(keys - queries - window + 1)
+    if softcap:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        scores = softcap * torch.tanh(query @ key.mT * scaling / softcap)
+        out = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    else:
+        how = dict(attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
+        out = F.scaled_dot_product_attention(query, key, value, **how)
+    return out[0].transpose(0, 1)  # (Q, heads, d)
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+def load_model(args, run):
+    """The policy, sharded over the processes: float32 parameters that compute in `run.compute_dtype`. model(batch)
+    gives log-probs. A local folder with a config and no weights gives a model initialised from `seed`."""
+    with rank_zero_first():
+        folder = model_folder(args.model, weights=True)
+        config = AutoConfig.from_pretrained(folder)
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="packed"
+            )
+        refuse_unsupported(model, args.model)
+        whole = read_weights(folder, config, args) if run.rank == 0 else None
+    model.forward = types.MethodType(
+        packed_forward, model
+    )  # within its forward, FSDP holds the head's weight
+    policy = MixedPrecisionPolicy(param_dtype=run.compute_dtype, reduce_dtype=torch.float32)
+    for block in [module for module in model.modules() if type(module).__name__ in model._no_split_modules]:
+        fully_shard(block, mesh=run.mesh, mp_policy=policy)
+    # By default the root would stay gathered after a forward, and go stale where no backward follows.
+    fully_shard(model, mesh=run.mesh, mp_policy=policy, reshard_after_forward=True)
+    model.to_empty(device=run.device)
+    model.tie_weights()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole.state_dict() if run.rank == 0 else {}, options=options)
+    for name, buffer in model.named_buffers():  # rotary frequencies, which no state dict has
+        if run.rank == 0:
+            buffer.copy_(whole.get_buffer(name))
+        dist.broadcast(buffer, 0)
+    model.config.dtype = whole.dtype if run.rank == 0 else None  # for `export`, which rank 0 writes
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def read_weights(folder, config, args):
+    """The whole model, in the dtype of its files."""
+    if any(folder.glob("*.safetensors")):
+        how = dict(config=config, dtype="auto", use_safetensors=True, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
+        if missing := sorted(info["missing_keys"]):
+            fail(f"--model {args.model}: {len(missing)} tensors are missing, {missing[0]} among them")
+        return model
+    if pickles := [file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]:
+        fail(f"--model {folder}: the weights are pickled ({pickles[0]}); only safetensors are read")
+    if folder != Path(args.model):
+        fail(f"--model {args.model}: the hub has no safetensors of it")
+    print0(f"{folder} has a config and no weights: they are drawn from seed {args.seed}")
+    torch.manual_seed(args.seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def refuse_unsupported(model, name):
+    """Ends the run for an architecture that would be computed wrongly here."""
+    other_layers = set(getattr(model.config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    scalings = {"logit_scale", "logits_scaling", "lm_head_multiplier"} & model.config.to_dict().keys()
+    reasons = {
+        "its attention cannot be replaced": not model._supports_attention_backend,
+        f"it has layers of {', '.join(other_layers)}": other_layers,
+        "it has attention sinks": any("sinks" in parameter for parameter, _ in model.named_parameters()),
+        f"its logits are scaled ({', '.join(scalings)})": scalings,
+        "its head has a bias": model.get_output_embeddings().bias is not None,
+    }
+    for reason in [reason for reason, holds in reasons.items() if holds]:
+        fail(f"--model {name}: {type(model).__name__} cannot be trained here: {reason}")
+
+
+def packed_forward(self, batch, entropy=False):
+    """What a model gives here instead of logits: log-probs (R,), and with `entropy` summed token entropies (R,)."""
+    out = self.base_model(batch.ids, position_ids=batch.positions, batch=batch, use_cache=False)
+    hidden, weight = (
+        out.last_hidden_state[0, batch.heads],
+        self.get_output_embeddings().weight,
+    )  # (N, H), (V, H)
+    softcap = getattr(self.config, "final_logit_softcapping", None)
+    scores = token_logps(hidden, weight, batch.targets, softcap, entropy)
+    zeros = torch.zeros(len(batch.lengths), device=hidden.device)
+    return tuple(score if score is None else zeros.index_add(0, batch.owners, score) for score in scores)
+
+
+def token_logps(hidden, weight, targets, softcap=None, entropy=False):
+    """log softmax(hidden @ weight.T)[targets] and, with `entropy`, that distribution's entropy (else None), in nats.
+    hidden (N, H), weight (V, H), targets (N,) -> (N,) each, float32 or wider; the entropy has no gradient."""
+    return TokenLogps.apply(hidden, weight, targets, softcap, entropy, torch.is_grad_enabled())
+
+
+class TokenLogps(torch.autograd.Function):
+    """Logits stand in float32 for a slice of the rows at a time. For the gradient they are kept in the compute dtype
+    and turned into their own gradient in place; where that takes more than 4 GB they are computed again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, softcap, entropy, train):
+        ctx.softcap, size = softcap, len(hidden) * len(weight) * hidden.element_size()
+        kept = hidden.new_empty(len(hidden), len(weight)) if train and size <= KEPT_LOGITS_BYTES else None
+        logps, log_sums, entropies = [], [], []
+        for rows in slices(hidden, weight):
+            raw = torch.mm(hidden[rows], weight.T, out=None if kept is None else kept[rows])
+            logits = capped(raw, softcap)
+            log_sums.append(logits.logsumexp(-1))
+            logps.append(logits.gather(1, targets[rows, None])[:, 0] - log_sums[-1])
+            entropies.append(
+                log_sums[-1] - (logits.softmax(-1) * logits).sum(-1) if entropy else log_sums[-1]
+            )
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(log_sums), kept)
+        entropies = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropies)
+        return torch.cat(logps), entropies if entropy else None
+
+    @staticmethod
+    def backward(ctx, grad, _):  # (N,)
+        hidden, weight, targets, log_sums, kept = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), 0
+        for rows in slices(hidden, weight):
+            logits = capped(hidden[rows] @ weight.T if kept is None else kept[rows], ctx.softcap)
+            slope = 1 - (logits / ctx.softcap) ** 2 if ctx.softcap else 1
+            # d logp / d logits: the one-hot target less the probabilities
+            grad_logits = (logits - log_sums[rows, None]).exp_().neg_()
+            grad_logits[torch.arange(len(logits), device=logits.device), targets[rows]] += 1
+            grad_logits = grad_logits.mul_(grad[rows, None]).mul_(slope).to(hidden.dtype)
+            grad_hidden[rows] = grad_logits @ weight
+            if kept is None:
+                grad_weight += (grad_logits.T @ hidden[rows]).to(log_sums.dtype)
+            else:
+                kept[rows] = grad_logits
+        grad_weight = grad_weight.to(weight.dtype) if kept is None else kept.T @ hidden
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+KEPT_LOGITS_BYTES = 4e9
+
+
+def slices(hidden, weight):
+    """Slices of the N rows whose logits take 256 MB in float32."""
+    size = max(1, 2**26 // len(weight))
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]
+
+
+def capped(logits, softcap):
+    """Logits as the softmax takes them, in float32 or wider."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+class PairLogps(NamedTuple):
+    """A batch of pairs: log-probs in nats, summed over a completion's scored tokens, and how many those are."""
+
+    chosen: Tensor  # (B,)
+    rejected: Tensor  # (B,)
+    chosen_lengths: Tensor  # (B,)
+    rejected_lengths: Tensor  # (B,)
+
+
+def as_pairs(sums, lengths):
+    """(2B,) log-probs and lengths, chosen and rejected by turns, as PairLogps."""
+    return PairLogps(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2])
+
+
+def pair_logps(model, batch):
+    """The policy's PairLogps, with a gradient where gradients are on."""
+    return as_pairs(model(batch)[0], batch.lengths)
+
+
+def pair_logps_and_entropies(model, batch):
+    """The PairLogps, and the token entropies summed over each response: (2B,), chosen and rejected by turns, nats."""
+    sums, entropies = model(batch, entropy=True)
+    return as_pairs(sums, batch.lengths), entropies
+
+
+def add_reference(model, train, held_out, args, run):
+    """Gives the splits the log-probs of the policy as it is now, before its first step. They are computed by the same
+    code as the policy's, once, and kept beside `output_dir` for every run that starts from the same model and rows."""
+    start = start_fingerprint(args)
+    for split in filter(None, (train, held_out)):
+        key = repr([start, split.fingerprint, run.compute_dtype, run.device.type, "packed"])
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        path = run.output_dir.parent / "reference" / f"{name}.safetensors"
+        if path.is_file():
+            split.ref = load_file(path)["logps"]
+            print0(f"reference: log-probs of {len(split)} rows read from {path}")
+            continue
+        split.ref = torch.zeros(split.lengths.shape, device=run.device)
+        with torch.no_grad():
+            for batch in whole_split(split, "reference", args, run):
+                split.ref[batch.rows] = model(batch)[0].view(len(batch.rows), -1)
+        dist.all_reduce(split.ref)  # each row was one process's
+        split.ref = split.ref.cpu()
+        if run.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"logps": split.ref, "lengths": split.lengths}, path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
+        dist.barrier()
+        print0(f"reference: log-probs of {len(split)} rows computed and kept in {path}")
+
+
+def start_fingerprint(args):
+    """What the start weights are known by: the hub's commit, or hashes of the files, or config and seed."""
+    folder = model_folder(args.model)
+    if folder != Path(args.model):
+        return folder.name
+    weights = sorted(folder.glob("*.safetensors"))
+    files = [folder / "config.json", *weights]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files] + [
+        None if weights else args.seed
+    ]
+
+
+class Metrics:
+    """Means over the rows of a step or an evaluation, by one all-reduce of sums and counts: no value depends on the
+    number of processes."""
+
+    def __init__(self, run):
+        self.run, self.sums, self.seen, self.started = run, {}, [], time.perf_counter()
+
+    def add(self, name, values, count=None):
+        """Values (n,) of one metric; `count` takes the place of n."""
+        pair = torch.stack([values.detach().double().sum(), values.new_tensor(count or len(values)).double()])
+        self.sums[name] = self.sums.get(name, 0) + pair
+
+    def add_pairs(self, batch, losses, policy, chosen_rewards, rejected_rewards, entropies=None):
+        """The metrics of a batch of pairs, under TRL's names. losses and rewards (B,), entropies (2B,)."""
+        self.add("rewards/chosen", chosen_rewards)
+        self.add("rewards/rejected", rejected_rewards)
+        self.add("rewards/margins", chosen_rewards - rejected_rewards)
+        self.add("rewards/accuracies", (chosen_rewards > rejected_rewards).double())
+        for side in ("chosen", "rejected"):
+            logps, lengths = getattr(policy, side), getattr(policy, f"{side}_lengths")
+            self.add(f"logps/{side}", logps)
+            self.add(f"logps/{side}_mean", logps / lengths)
+            if batch.ref:
+                self.add(f"logratios/{side}", logps - getattr(batch.ref, side))
+        self.add_rows(batch, losses, torch.stack([policy.chosen, policy.rejected], 1).flatten(), entropies)
+
+    def add_rows(self, batch, losses, sums, entropies=None):
+        """Each row's loss (B,), log-probs (R,) and entropies (R,), kept for the checks and an evaluation's file."""
+        self.add("loss", losses)
+        if entropies is not None:
+            self.add("entropy", entropies, int(batch.lengths.sum()))
+        self.seen.append((batch, losses.detach(), sums.detach(), entropies))
+
+    def mean(self, prefix=""):
+        """{metric: mean over all processes}, and the tokens per second that all of them computed together."""
+        tokens = torch.tensor(
+            [sum(batch.ids.numel() for batch, *_ in self.seen)], device=self.run.device
+        ).double()
+        self.add("tokens_per_second", tokens, (time.perf_counter() - self.started) / self.run.world_size)
+        totals = torch.stack(list(self.sums.values()))  # (metrics, 2)
+        dist.all_reduce(totals)
+        means = (totals[:, 0] / totals[:, 1]).tolist()
+        return {prefix + name: mean for name, mean in zip(self.sums, means, strict=True)}
+
+    def save_rows(self, split, step):
+        """The values of each row of an evaluation, as eval/step-<step>.safetensors."""
+        table = torch.zeros(2, *split.lengths.shape, device=self.run.device)
+        for batch, _, sums, entropies in self.seen:
+            table[:, batch.rows] = torch.stack([sums, entropies]).view(2, len(batch.rows), -1)
+        dist.all_reduce(table)  # each row was one process's
+        if self.run.rank == 0:
+            values = {"policy": table[0].cpu(), "entropy": table[1].cpu(), "lengths": split.lengths}
+            values |= {} if split.ref is None else {"reference": split.ref}
+            (self.run.output_dir / "eval").mkdir(exist_ok=True)
+            save_file(values, self.run.output_dir / "eval" / f"step-{step:06d}.safetensors")
+
+
+def check_reference(metrics, run):
+    """Before the first update the policy is the reference. Reports the largest log-ratio per token, which rounding in
+    other batches alone should make, and warns where there is more."""
+    drift = max(((sums - batch.ref_sums) / batch.lengths).abs().max() for batch, _, sums, _ in metrics.seen)
+    dist.all_reduce(drift, dist.ReduceOp.MAX)
+    limit = 1e-2 if run.compute_dtype == torch.bfloat16 else 1e-5
+    print0(f"policy against reference at step 0: log-ratios up to {drift:.1e} nats a token")
+    print0(f"WARNING: that is above {limit}, so they are not the same model") if drift > limit else None
+
+
+def stop_unless_finite(grad_norm, metrics, step):
+    """Ends the run before an update that would spoil the weights; the last checkpoint stays as it is."""
+    if not math.isfinite(grad_norm):
+        losses = {
+            int(row): loss
+            for batch, losses, *_ in metrics.seen
+            for row, loss in zip(batch.rows, losses.tolist())
+        }
+        rows = [row for row, loss in losses.items() if not math.isfinite(loss)] or f"none of {sorted(losses)}"
+        raise SystemExit(
+            f"stopped in step {step}: gradient norm {grad_norm}; rows whose loss is not finite: {rows}"
+        )
+
+
+def learning_rate(step, last_step, args):
+    """Linear warm-up, then half a cosine to 0, as transformers' get_cosine_schedule_with_warmup has it."""
+    warmup = math.ceil(args.warmup_ratio * last_step)
+    if step < warmup:
+        return args.learning_rate * step / warmup
+    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, last_step - warmup)))
+
+
+def due(every, step, last_step):
+    """Whether what happens `every` so many steps, and at the end, happens after this one; 0 is never."""
+    return every > 0 and (step % every == 0 or step == last_step)
+
+
+def training_state(model, optimizer):
+    """{name: tensor} of all that training changes. Tied weights are one parameter and stand here once."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        state[name] = parameter.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    return state
+
+
+def save_checkpoint(model, optimizer, train, step, args, run):
+    """Writes checkpoints/step-<step>, a name that stands there only when all of it is on the disk."""
+    folder = run.output_dir / "checkpoints"
+    partial = folder / ".partial"
+    if run.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)  # DCP's own format is pickle
+    dcp.save(training_state(model, optimizer), storage_writer=writer)
+    if run.rank == 0:
+        files = {file.name: file.stat().st_size for file in partial.iterdir()}
+        state = dict(step=step, data=train.fingerprint, settings=dataclasses.asdict(args), files=files)
+        (partial / "state.json").write_text(json.dumps(state, indent=2))
+        for path in [*partial.iterdir(), partial]:
+            os.fsync(descriptor := os.open(path, os.O_RDONLY))
+            os.close(descriptor)
+        shutil.rmtree(folder / f"step-{step:06d}", ignore_errors=True)  # an incomplete one
+        partial.rename(folder / f"step-{step:06d}")
+        for old in checkpoints(run)[: -args.keep_checkpoints]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def checkpoints(run):
+    """The folders of the complete checkpoints, oldest first."""
+    complete = []
+    for path in sorted(run.output_dir.glob("checkpoints/step-*/state.json")):
+        files = json.loads(path.read_text())["files"]
+        if all(
+            (file := path.parent / name).is_file() and file.stat().st_size == files[name] for name in files
+        ):
+            complete.append(path.parent)
+    return complete
+
+
+def resume(model, optimizer, train, args, run):
+    """(first step, last step) of what is left to do. Under `--resume` that begins behind the newest checkpoint."""
+    last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
+    print0(f"{last_step} steps of {args.batch_size} rows")
+    found = checkpoints(run) if args.resume else []
+    if not found:
+        return 0, last_step
+    state = json.loads((found[-1] / "state.json").read_text())
+    if state["data"] != train.fingerprint:
+        fail(f"--resume: the training rows are not those that {found[-1]} was trained on")
+    for parameter in model.parameters():
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = moments | {"step": torch.tensor(float(state["step"]), device=run.device)}
+    dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(found[-1])))
+    if run.rank == 0:  # lines that the stopped run wrote after its checkpoint
+        path = run.output_dir / "metrics.jsonl"
+        lines = [
+            line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= state["step"]
+        ]
+        path.write_text("".join(lines))
+    print0(f"resumed behind step {state['step']} from {found[-1]}")
+    return state["step"], last_step
+
+
+def export(model, tokenizer, args, run, folder=None):
+    """Writes a Hugging Face folder, `output_dir` itself if no other is given: weights in the start model's dtype,
+    tokenizer, generation config and card. config.json comes last: a folder without it holds no whole model."""
+    weights, seen = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:  # a tied weight is one tensor under two names
+            seen.add(id(tensor))
+            tensor = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+            weights |= {name: tensor.to("cpu", model.config.dtype)} if run.rank == 0 else {}
+    if run.rank == 0:
+        folder = Path(folder or run.output_dir)
+        partial = folder / ".export"
+        shutil.rmtree(partial, ignore_errors=True)
+        empty_model(tokenizer, model.config.dtype, args).save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(model_card(args))
+        (folder / "config.json").unlink(missing_ok=True)
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)
+        partial.rmdir()
+        print0(f"model written to {folder}")
+    dist.barrier()
+
+
+def empty_model(tokenizer, dtype, args):
+    """The start model without weights, with a generation config that stops where the training data does."""
+    start = model_folder(args.model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(start), dtype=dtype)
+    if (start / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(start)
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        ends = {end_once(to_ids(chat, tokenizer), tokenizer)[-1]}
+        ends |= set(np.atleast_1d(model.generation_config.eos_token_id or []).tolist())
+        model.generation_config.eos_token_id = sorted(map(int, ends))
+    return model
+
+
+def model_card(args):
+    """How the model was made, for the README of its folder."""
+    git = subprocess.run(
+        ["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return (
+        f"---\nlibrary_name: transformers\n---\n\nMade from {args.model} by `{Path(sys.argv[0]).name}` on"
+        f" {args.train_split} of {args.dataset}, at commit {git.stdout.strip() or 'unknown'}, with these settings:\n\n"
+        f"```yaml\n{yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)}```\n"
+    )
