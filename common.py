@@ -40,8 +40,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from tqdm.auto import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers import GenerationConfig, HfArgumentParser
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    HfArgumentParser,
+)
 
 # Saturated pairs give denormal head gradients, which slow a CPU's matrix products a hundredfold. Worker threads
 # take the setting over when they start, so it comes before torch computes anything.
@@ -905,11 +911,16 @@ class Metrics:
             self.add(f"logps/{side}_mean", logps / lengths)
             if batch.ref:
                 self.add(f"logratios/{side}", logps - getattr(batch.ref, side))
+        self.add("loss", losses)
         self.add_rows(batch, losses, torch.stack([policy.chosen, policy.rejected], 1).flatten(), entropies)
+
+    def add_chats(self, batch, logps, entropies=None):
+        """The metrics of a batch of chats. logps and entropies (B,)."""
+        self.add("loss", -logps, int(batch.lengths.sum()))
+        self.add_rows(batch, -logps, logps, entropies)
 
     def add_rows(self, batch, losses, sums, entropies=None):
         """Each row's loss (B,), log-probs (R,) and entropies (R,), kept for the checks and an evaluation's file."""
-        self.add("loss", losses)
         if entropies is not None:
             self.add("entropy", entropies, int(batch.lengths.sum()))
         self.seen.append((batch, losses.detach(), sums.detach(), entropies))
@@ -950,7 +961,7 @@ def check_reference(metrics, run):
 
 def stop_unless_finite(grad_norm, metrics, step):
     """Ends the run before an update that would spoil the weights; the last checkpoint stays as it is."""
-    if not math.isfinite(grad_norm):
+    if not math.isfinite(grad_norm := grad_norm.full_tensor()):
         losses = {
             int(row): loss
             for batch, losses, *_ in metrics.seen
@@ -1094,3 +1105,8 @@ def model_card(args):
         f" {args.train_split} of {args.dataset}, at commit {git.stdout.strip() or 'unknown'}, with these settings:\n\n"
         f"```yaml\n{yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)}```\n"
     )
+
+
+def finish():
+    """Parts from the other processes."""
+    dist.destroy_process_group()

@@ -4,17 +4,28 @@ import json
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly brew strong tea for us all".split()
+WORDS = (
+    "the quick brown fox jumps over a lazy dog while seven wizards quietly brew strong tea for us all".split()
+)
 
 
-def tokenizer(template=CHATML, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), eos="<|im_end|>", size=400):
+def tokenizer(
+    template=CHATML, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), eos="<|im_end|>", size=400
+):
     """A byte-level BPE, as Qwen's and Llama 3's are, trained on a few words."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -76,6 +87,8 @@ def pairs(path, count, seed=0, words=12):
     with open(path, "w") as file:
         for _ in range(count):
             prompt = [{"role": "user", "content": text()}]
-            row = {side: prompt + [{"role": "assistant", "content": text()}] for side in ("chosen", "rejected")}
+            row = {
+                side: prompt + [{"role": "assistant", "content": text()}] for side in ("chosen", "rejected")
+            }
             file.write(json.dumps(row) + "\n")
     return path

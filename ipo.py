@@ -1,0 +1,137 @@
+"""IPO, Identity Preference Optimization (Azar et al., 2023), https://arxiv.org/abs/2310.12036v2
+
+    h    = log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x)
+    loss = (h - 1 / (2 beta))^2                                                 (Eq. 17)
+
+y_w is the chosen completion, y_l the rejected one, pi the policy, and ref the policy before its first step. A
+log-prob is the sum over the completion's tokens, its end token included, in nats; with --length_normalize it
+is their mean, and h and its target are nats per token. The authors call beta tau.
+
+Minimum: 0, at h = 1 / (2 beta), by default 10 nats, which is the target of spo.py at beta 0.1. The loss is
+symmetric about that point (not about h = 0), and does not see a shift that both log-ratios share.
+
+Departures from the paper: none in the default form. The paper writes probabilities of whole completions, that
+is sums, as the SPO paper's comparison does; TRL averages, and says that the authors confirmed it
+(https://github.com/huggingface/trl/pull/1265). No beta serves both: 0.05 asks for 10 nats over a whole
+completion, or for 10 nats on each of its tokens.
+
+    python ipo.py --model MODEL_FOLDER --dataset DATA_FOLDER --max_steps 100
+    torchrun --nproc_per_node 8 ipo.py --beta 0.05
+    diff dpo.py ipo.py
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers.hf_argparser import HfArg
+
+import common
+
+
+@dataclass
+class Args:
+    beta: float = HfArg(default=0.05, help="the margin h is drawn to 1 / (2 beta): larger stays nearer to 0")
+    length_normalize: bool = HfArg(default=False, help="mean log-probs per token instead of sums")
+    learning_rate: float = HfArg(default=5e-7, help="peak of the schedule")
+
+    model: str = HfArg(default="Qwen/Qwen2.5-7B-Instruct", help="hub name or folder of the start model")
+    dataset: str = HfArg(default="HuggingFaceH4/ultrafeedback_binarized", help="hub name, folder or file")
+    train_split: str = HfArg(default="train_prefs", help="split to train on")
+    eval_split: str = HfArg(default="test_prefs", help="split to evaluate on; empty for none")
+    output_dir: str = HfArg(default=f"runs/{Path(__file__).stem}", help="folder for all that the run writes")
+    num_train_epochs: int = HfArg(default=1, help="passes over the training rows")
+    max_steps: int = HfArg(default=0, help="optimizer steps, instead of epochs; 0 is off")
+    batch_size: int = HfArg(default=128, help="rows of an optimizer step, over all processes")
+    tokens_per_micro_batch: int = HfArg(
+        default=7168, help="tokens a process computes at once: sets the memory"
+    )
+    max_length: int = HfArg(default=2048, help="tokens of a prompt with one completion; longer ones are cut")
+    warmup_ratio: float = HfArg(default=0.1, help="share of the steps in which the learning rate rises")
+    max_grad_norm: float = HfArg(default=1.0, help="longer gradients are scaled down to this")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, slower")
+    eval_every: int = HfArg(default=100, help="steps between evaluations; 0 is off")
+    save_every: int = HfArg(default=100, help="steps between checkpoints for --resume; 0 is off")
+    keep_checkpoints: int = HfArg(default=1, help="how many of the newest checkpoints to keep")
+    export_every: int = HfArg(default=0, help="steps between whole models in output_dir/models; 0 is off")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
+    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = HfArg(
+        default="none", help="metrics tracker"
+    )
+    seed: int = HfArg(default=42, help="order of the rows; weights of a model that has none")
+
+    def __post_init__(self):
+        if self.beta <= 0:
+            raise ValueError("--beta must be above 0: the target is 1 / (2 beta)")
+
+
+def uses_reference(args):
+    return True
+
+
+def preference_loss(policy, ref, args):
+    """policy, ref: common.PairLogps, sums in nats. Returns losses, chosen_rewards, rejected_rewards: (B,).
+    The rewards are beta times the log-ratios, per token under length_normalize, detached."""
+    chosen_logratios = policy.chosen - ref.chosen  # (B,)
+    rejected_logratios = policy.rejected - ref.rejected
+    if args.length_normalize:
+        chosen_logratios = chosen_logratios / policy.chosen_lengths
+        rejected_logratios = rejected_logratios / policy.rejected_lengths
+    losses = (chosen_logratios - rejected_logratios - 1 / (2 * args.beta)) ** 2
+    return losses, args.beta * chosen_logratios.detach(), args.beta * rejected_logratios.detach()
+
+
+@torch.no_grad()
+def evaluate(model, held_out, step, args, run):
+    """The metrics of the held-out rows; the values of each row go to output_dir/eval."""
+    metrics = common.Metrics(run)
+    for batch in common.whole_split(held_out, "evaluate", args, run):
+        policy, entropies = common.pair_logps_and_entropies(model, batch)
+        losses, chosen_rewards, rejected_rewards = preference_loss(policy, batch.ref, args)
+        metrics.add_pairs(batch, losses, policy, chosen_rewards, rejected_rewards, entropies)
+    metrics.save_rows(held_out, step)
+    return metrics.mean("eval/")
+
+
+def main(args):
+    run = common.start(args)
+    tokenizer = common.load_tokenizer(args.model)
+    train, held_out = common.load_pairs(args, tokenizer)
+    model = common.load_model(args, run)
+    if uses_reference(args):
+        common.add_reference(model, train, held_out, args, run)  # the policy before its first step
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    first_step, last_step = common.resume(model, optimizer, train, args, run)
+
+    for step in run.progress(first_step, last_step):
+        metrics = common.Metrics(run)
+        for batch in common.micro_batches(train, step, args, run):  # this process's share of the step's pairs
+            policy = common.pair_logps(model, batch)  # (B,) each
+            losses, chosen_rewards, rejected_rewards = preference_loss(policy, batch.ref, args)
+            # FSDP takes the mean over processes; what remains is the mean over the step's pairs.
+            (losses.sum() * run.world_size / args.batch_size).backward()
+            metrics.add_pairs(batch, losses, policy, chosen_rewards, rejected_rewards)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        common.stop_unless_finite(grad_norm, metrics, step)
+        if step == 0 and uses_reference(args):
+            common.check_reference(metrics, run)
+        learning_rate = optimizer.param_groups[0]["lr"] = common.learning_rate(step, last_step, args)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        results = metrics.mean() | {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+        if held_out and common.due(args.eval_every, done, last_step):
+            results |= evaluate(model, held_out, done, args, run)
+        run.log(done, results)
+        if common.due(args.save_every, done, last_step):
+            common.save_checkpoint(model, optimizer, train, done, args, run)
+        if args.export_every and done % args.export_every == 0:
+            common.export(model, tokenizer, args, run, run.output_dir / "models" / f"step-{done:06d}")
+    common.export(model, tokenizer, args, run)
+    common.finish()
+
+
+if __name__ == "__main__":
+    main(common.parse_args(Args))

@@ -1,0 +1,105 @@
+"""SFT, supervised fine-tuning: where every run starts, here and in the papers.
+
+    loss = -sum of log pi(token | all before it) / number of tokens, in nats
+
+Both run over the scored tokens of the whole batch: those of every assistant turn, end tokens included. Each
+of them weighs the same, whatever the length of its chat and whichever process computed it.
+
+    python sft.py --model MODEL_FOLDER --dataset DATA_FOLDER --max_steps 100
+    torchrun --nproc_per_node 8 sft.py
+    torchrun --nproc_per_node 8 spo.py --model runs/sft
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers.hf_argparser import HfArg
+
+import common
+
+
+@dataclass
+class Args:
+    learning_rate: float = HfArg(default=2e-5, help="peak of the schedule")
+
+    model: str = HfArg(default="Qwen/Qwen2.5-7B-Instruct", help="hub name or folder of the start model")
+    dataset: str = HfArg(default="HuggingFaceH4/ultrachat_200k", help="hub name, folder or file")
+    train_split: str = HfArg(default="train_sft", help="split to train on")
+    eval_split: str = HfArg(default="test_sft", help="split to evaluate on; empty for none")
+    output_dir: str = HfArg(default=f"runs/{Path(__file__).stem}", help="folder for all that the run writes")
+    num_train_epochs: int = HfArg(default=1, help="passes over the training rows")
+    max_steps: int = HfArg(default=0, help="optimizer steps, instead of epochs; 0 is off")
+    batch_size: int = HfArg(default=128, help="rows of an optimizer step, over all processes")
+    tokens_per_micro_batch: int = HfArg(
+        default=7168, help="tokens a process computes at once: sets the memory"
+    )
+    max_length: int = HfArg(default=2048, help="tokens of a chat; longer ones are cut")
+    warmup_ratio: float = HfArg(default=0.1, help="share of the steps in which the learning rate rises")
+    max_grad_norm: float = HfArg(default=1.0, help="longer gradients are scaled down to this")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, slower")
+    eval_every: int = HfArg(default=100, help="steps between evaluations; 0 is off")
+    save_every: int = HfArg(default=100, help="steps between checkpoints for --resume; 0 is off")
+    keep_checkpoints: int = HfArg(default=1, help="how many of the newest checkpoints to keep")
+    export_every: int = HfArg(default=0, help="steps between whole models in output_dir/models; 0 is off")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
+    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = HfArg(
+        default="none", help="metrics tracker"
+    )
+    seed: int = HfArg(default=42, help="order of the rows; weights of a model that has none")
+
+
+def sft_loss(logps, lengths):
+    """logps: (R,) sums in nats, lengths: (R,) their scored tokens. Returns the mean over all tokens, 0-d."""
+    return -logps.sum() / lengths.sum()
+
+
+@torch.no_grad()
+def evaluate(model, held_out, step, args, run):
+    """The metrics of the held-out chats; the values of each chat go to output_dir/eval."""
+    metrics = common.Metrics(run)
+    for batch in common.whole_split(held_out, "evaluate", args, run):
+        logps, entropies = model(batch, entropy=True)
+        metrics.add_chats(batch, logps, entropies)
+    metrics.save_rows(held_out, step)
+    return metrics.mean("eval/")
+
+
+def main(args):
+    run = common.start(args)
+    tokenizer = common.load_tokenizer(args.model)
+    train, held_out = common.load_chats(args, tokenizer)
+    model = common.load_model(args, run)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    first_step, last_step = common.resume(model, optimizer, train, args, run)
+
+    for step in run.progress(first_step, last_step):
+        metrics = common.Metrics(run)
+        for batch in common.micro_batches(train, step, args, run):  # this process's share of the step's chats
+            logps, _ = model(batch)  # (B,), one response a chat
+            # FSDP takes the mean over processes; what remains is the mean over the step's tokens.
+            share_of_step = batch.lengths.sum() / batch.step_tokens
+            (sft_loss(logps, batch.lengths) * share_of_step * run.world_size).backward()
+            metrics.add_chats(batch, logps)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        common.stop_unless_finite(grad_norm, metrics, step)
+        learning_rate = optimizer.param_groups[0]["lr"] = common.learning_rate(step, last_step, args)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        results = metrics.mean() | {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+        if held_out and common.due(args.eval_every, done, last_step):
+            results |= evaluate(model, held_out, done, args, run)
+        run.log(done, results)
+        if common.due(args.save_every, done, last_step):
+            common.save_checkpoint(model, optimizer, train, done, args, run)
+        if args.export_every and done % args.export_every == 0:
+            common.export(model, tokenizer, args, run, run.output_dir / "models" / f"step-{done:06d}")
+    common.export(model, tokenizer, args, run)
+    common.finish()
+
+
+if __name__ == "__main__":
+    main(common.parse_args(Args))
