@@ -1,8 +1,8 @@
 """What the scripts share, in the order in which a run meets it: settings, processes, data, micro-batches, the
 model and its attention, log-probs, the reference, metrics, checkpoints, the export. No method is named here.
 
-Letters in shapes: B pairs or rows, R responses, T tokens of a micro-batch, N scored tokens of it, H hidden
-size, V vocabulary. Log-probs are in nats, summed over a response's scored tokens.
+Letters in shapes: B rows, R responses, T tokens and N scored tokens of a micro-batch, H hidden size, V
+vocabulary. Log-probs are in nats, summed over a response's scored tokens.
 """
 
 import ast
@@ -12,7 +12,6 @@ import datetime
 import hashlib
 import heapq
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -20,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -32,40 +30,33 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from tqdm.auto import tqdm
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    HfArgumentParser,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-# Saturated pairs give denormal head gradients, which slow a CPU's matrix products a hundredfold. Worker threads
-# take the setting over when they start, so it comes before torch computes anything.
+# Saturated pairs give denormal head gradients, which slow a CPU's matrix products a hundredfold. Threads take
+# the setting over when they start, so it comes before torch computes anything.
 torch.set_flush_denormal(True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are tokenized by parallel processes instead
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 HERE = Path(__file__).resolve().parent
-# What `--resume` may change: how long the run is, how it is computed and reported, but not what it computes.
-MAY_CHANGE = "output_dir num_train_epochs max_steps tokens_per_micro_batch gradient_checkpointing eval_every"
-MAY_CHANGE += " save_every keep_checkpoints export_every report_to"
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+# What `--resume` lets change: how long the run is, how it is computed and reported, but not what it computes.
+MAY_CHANGE = """output_dir num_train_epochs max_steps tokens_per_micro_batch gradient_checkpointing
+    eval_every save_every keep_checkpoints export_every report_to""".split()
 
 
 def fail(message):
     """Ends the run for an error of use: one line, no traceback, exit code 2."""
-    # Until the processes have met, all of them find the same fault, and one of them says it.
-    if dist.is_initialized() or int(os.environ.get("RANK", 0)) == 0:
+    # Before the processes meet, all of them find the same fault.
+    if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
         print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -77,7 +68,7 @@ def brief(error):
 
 def parse_args(Args):
     """An `Args` from the command line, in front of which a `--config FILE.yaml` puts its own arguments."""
-    parser = HfArgumentParser(Args, allow_abbrev=False)
+    parser = transformers.HfArgumentParser(Args, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings; the command line's own win")
     parser.error = fail
     config = parser.parse_known_args()[0].config
@@ -90,46 +81,40 @@ def parse_args(Args):
 
 
 def recipe_arguments(path, Args):
-    """A recipe as `--key=value` arguments: its top-level keys, without those of other scripts, then those under
-    this script's name. A key that no script has is an error."""
-    script = Path(inspect.getfile(Args)).stem
-    known = {file.stem: names for file in HERE.glob("*.py") if (names := argument_names(file))}
-    known[script] = {field.name for field in dataclasses.fields(Args)}
+    """A recipe as arguments: its top-level keys, where those of other scripts are passed over, then the keys
+    under this script's name. A top-level key that no script has is an error."""
+    script = Path(sys.modules[Args.__module__].__file__)
+    fields = {file.stem: argument_names(file) for file in {script, *HERE.glob("*.py")}}
     try:
         recipe = dict(yaml.safe_load(path.read_text()) or {})
-        sections = {name: dict(recipe.pop(name) or {}) for name in known if name in recipe}
+        own = dict({name: recipe.pop(name, None) for name in fields}[script.stem] or {})
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         fail(f"--config {path}: {error}")
-    for name, section in [("", recipe), *sections.items()]:
-        for key in section.keys() - (known[name] if name else set().union(*known.values())):
-            fail(f"--config {path}: {f'{name}.py' if name else 'no script'} has no setting {key!r}")
-    settings = {key: value for key, value in recipe.items() if key in known[script]} | sections.get(
-        script, {}
-    )
+    for key in recipe.keys() - set().union(*fields.values()):
+        fail(f"--config {path}: no script has a setting {key!r}")
+    settings = {key: value for key, value in recipe.items() if key in fields[script.stem]} | own
     arguments = []
     for key, value in settings.items():
-        if isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            arguments.append(f"--{key}={value}")
+        if value is not None:
+            arguments += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return arguments
 
 
 def argument_names(script):
-    """The fields of a script's `Args`, read without running it; None where it has no such class."""
-    for node in ast.parse(script.read_text()).body:
-        if isinstance(node, ast.ClassDef) and node.name == "Args":
-            return {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
+    """The fields of a script's `Args`, read without running it."""
+    classes = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.ClassDef)]
+    fields = [item for node in classes if node.name == "Args" for item in node.body]
+    return {item.target.id for item in fields if isinstance(item, ast.AnnAssign)}
 
 
 def start(args):
-    """Joins the processes that torchrun started (without it: a world of one), and claims the output folder."""
+    """Joins the processes that torchrun started (without it, a world of one) and claims the output folder."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.use_deterministic_algorithms(not cuda)
     if not dist.is_initialized():
-        # The others wait while rank 0 downloads and tokenizes: that may take longer than the usual ten minutes.
+        # The others wait while rank 0 downloads and tokenizes: that may take more than the usual 10 minutes.
         how = dict(backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group(**how, **alone)
@@ -137,56 +122,43 @@ def start(args):
         datasets.disable_progress_bars()
     with rank_zero_first():
         if dist.get_rank() == 0:
-            check_settings(args)
             claim_output_dir(args)
     return Run(args)
 
 
 @contextlib.contextmanager
 def rank_zero_first():
-    """Rank 0 enters alone (it downloads, checks, fills caches), the others after it. Where it fails, all end."""
-    if not dist.is_initialized():
-        yield
-        return
-    failed = torch.zeros(1)
-    if dist.get_rank() > 0:
+    """Rank 0 enters alone (it downloads, checks, fills caches), then the others. Where it fails, all end."""
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    failed = torch.ones(1)
+    if not alone and dist.get_rank() > 0:
         dist.broadcast(failed, 0)
         if failed:
             raise SystemExit(2)  # rank 0 has said why
     try:
         yield
-    except BaseException:
-        failed.fill_(1)
-        raise
+        failed.zero_()
     finally:
-        if dist.get_rank() == 0:
+        if not alone and dist.get_rank() == 0:
             dist.broadcast(failed, 0)
 
 
-def check_settings(args):
-    """What must hold in every script."""
+def claim_output_dir(args):
+    """Checks the shared settings and writes them, as config.yaml, into an empty folder. Under `--resume` the
+    folder may hold a run of the same settings."""
     for name in ("batch_size", "tokens_per_micro_batch", "max_length", "max_grad_norm", "keep_checkpoints"):
         if getattr(args, name) <= 0:
             fail(f"--{name} must be above 0, not {getattr(args, name)}")
-    for name in ("num_train_epochs", "max_steps", "eval_every", "save_every", "export_every", "warmup_ratio"):
-        if getattr(args, name) < 0:
-            fail(f"--{name} must not be below 0")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         fail(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
-
-
-def claim_output_dir(args):
-    """Writes config.yaml into an empty folder. Under `--resume`, the folder may hold a run of the same settings."""
     folder, settings = Path(args.output_dir), dataclasses.asdict(args)
     del settings["resume"]
     saved = folder / "config.yaml"
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        if not args.resume:
-            fail(f"--output_dir {folder} is in use: choose another, or go on with its run by --resume")
-        if not saved.is_file():
-            fail(f"--resume: {folder} holds no run, for it has no config.yaml")
+        if not args.resume or not saved.is_file():
+            fail(f"--output_dir {folder} is in use: choose another, or go on with the run in it by --resume")
         before = yaml.safe_load(saved.read_text())
-        for name in [name for name in settings if name not in MAY_CHANGE.split()]:
+        for name in settings.keys() - MAY_CHANGE:
             if settings[name] != before.get(name):
                 fail(f"--resume: the run in {folder} has {name} {before.get(name)}, not {settings[name]}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,9 +169,9 @@ class Run:
     """What a process knows of the run: its place among the others, its device, and where the output goes."""
 
     def __init__(self, args):
+        cuda = torch.cuda.is_available()
         self.args, self.output_dir, self.tracker = args, Path(args.output_dir), None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         self.compute_dtype = torch.bfloat16 if cuda else torch.float32
         self.mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
@@ -211,24 +183,22 @@ class Run:
         return self.bar
 
     def log(self, step, metrics):
-        """A line of metrics.jsonl, a point for the tracker, and the bar's figures. `step` counts done updates."""
-        if self.rank > 0:
-            return
-        with open(self.output_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self.args.report_to != "none":
+        """A line of metrics.jsonl, a point for the tracker, the bar's figures. `step` counts done updates."""
+        if self.rank == 0:
+            with open(self.output_dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.tracker = self.tracker or open_tracker(self.args)
             self.tracker(metrics, step)
-        shown = {"loss": "loss", "margin": "rewards/margins", "tok/s": "tokens_per_second"}
-        self.bar.set_postfix({key: f"{metrics[name]:.4g}" for key, name in shown.items() if name in metrics})
+            shown = {"loss": "loss", "rewards/margins": "margin", "tokens_per_second": "tok/s"}
+            self.bar.set_postfix({shown[name]: f"{metrics[name]:.4g}" for name in shown if name in metrics})
 
 
 def open_tracker(args):
-    """A function (metrics, step) that reports to wandb, trackio or tensorboard."""
+    """A function (metrics, step) that reports to wandb, trackio, tensorboard or nobody."""
+    if args.report_to == "none":
+        return lambda metrics, step: None
     if args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(args.output_dir)
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir)
         return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
     tracker = importlib.import_module(args.report_to)  # trackio has wandb's interface
     tracker.init(project=HERE.name, name=Path(args.output_dir).name, config=dataclasses.asdict(args))
@@ -237,7 +207,7 @@ def open_tracker(args):
 
 def print0(message):
     """Prints on rank 0, above a progress bar if there is one."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         tqdm.write(message)
 
 
@@ -298,19 +268,15 @@ def load_splits(args, tokenizer, encode, layouts):
         held_out = read_split(args, args.eval_split, encode, layouts, tokenizer) if args.eval_split else None
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if not processes <= args.batch_size <= len(train):
-            fail(
-                f"--batch_size {args.batch_size} must lie between {processes} (processes) and {len(train)} (rows)"
-            )
+            fail(f"--batch_size {args.batch_size}: there are {processes} processes and {len(train)} rows")
         if held_out and len(held_out) < processes:
-            fail(
-                f"--eval_split {args.eval_split}: {len(held_out)} rows are too few for {processes} processes"
-            )
+            fail(f"--eval_split: {len(held_out)} rows are too few for {processes} processes")
     return train, held_out
 
 
 def read_split(args, name, encode, layouts, tokenizer):
-    """The split `name`: the file `<dataset>/<name>.<ending>`, or `dataset` itself if that is a file (all of it for
-    training, None for evaluation), or from the hub."""
+    """The split `name`: from the file `<dataset>/<name>.<ending>`, from the file `dataset` (all of which is
+    training data, so None for evaluation), or from the hub."""
     path = Path(args.dataset)
     if path.is_file() and name != args.train_split:
         return print0(f"{name}: none, for --dataset is one file")
@@ -335,7 +301,7 @@ def read_split(args, name, encode, layouts, tokenizer):
 
 
 def tokenize(raw, source, encode, tokenizer, max_length):
-    """Rows to a Split, by parallel processes, and once: `datasets` keeps the result by a hash of all that went in."""
+    """Rows to a Split, by parallel processes, and once: `datasets` keeps it by a hash of all that went in."""
     state = [raw._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     state += [tokenizer.eos_token_id, encode.__name__, max_length, Path(__file__).read_text()]
     try:
@@ -353,15 +319,14 @@ def tokenize(raw, source, encode, tokenizer, max_length):
         fail(f"--dataset {source}: {error}")
     fates = rows["dropped"][:] if len(rows) else []
     kept = rows.select([place for place, why in enumerate(fates) if not why])
-    counts = Counter(why or "kept" for why in fates) + Counter(
-        note for notes in kept["notes"][:] for note in notes
-    )
+    notes = [note for notes in kept["notes"][:] for note in notes]
+    counts = Counter(why or "kept" for why in fates) + Counter(notes)
     print0(f"{source}: {len(raw)} rows: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
     return Split(kept) if len(kept) else fail(f"--dataset {source}: no row is left to use")
 
 
 def encode_rows(batch, indices, encode, tokenizer, max_length):
-    """Raw rows to token ids, for `Dataset.map`. Raises ValueError with the row's number, which counts from 0."""
+    """Raw rows to token ids, for `Dataset.map`. Raises ValueError with the row's number, counted from 0."""
     examples = []
     for index, *values in zip(indices, *batch.values(), strict=True):
         try:
@@ -373,31 +338,27 @@ def encode_rows(batch, indices, encode, tokenizer, max_length):
 
 
 def fit(prompt, responses, scored, empty, merged, max_length, label=True):
-    """An example cut to max_length tokens, its prompt included, with the reason to drop it if there is one."""
+    """An example cut to max_length tokens, its prompt included, and the reason to drop it if there is one."""
     room = max(0, max_length - len(prompt))
-    cut, same = max(map(len, responses)) > room, len(responses) == 2 and responses[0] == responses[1]
+    notes = {
+        "cut to max_length": max(map(len, responses)) > room,
+        "with a prompt that ends in mid-token": merged,
+    }
+    notes["with identical answers"] = len(responses) == 2 and responses[0] == responses[1]
     responses, scored = [ids[:room] for ids in responses], [mask[:room] for mask in scored]
     lengths = [sum(mask) for mask in scored]
-    reasons = {"the prompt fills max_length": not room, "an empty answer": empty, "no prompt": not prompt}
-    reasons["nothing to score"] = not all(lengths)
-    notes = {
-        "cut to max_length": cut,
-        "with identical answers": same,
-        "with a prompt that ends inside a token": merged,
-    }
+    reasons = {"dropped (the prompt fills max_length)": not room, "dropped (an empty answer)": empty}
+    reasons |= {"dropped (no prompt)": not prompt, "dropped (nothing to score)": not all(lengths)}
     example = dict(prompt=prompt, responses=responses, scored=scored, lengths=lengths, label=label)
-    return example | dict(
-        tokens=len(prompt) + sum(map(len, responses)),
-        digest=hashlib.sha256(repr(example).encode()).hexdigest(),
-        dropped=next((reason for reason, holds in reasons.items() if holds), ""),
-        notes=[note for note, holds in notes.items() if holds],
-    )
+    example["digest"] = hashlib.sha256(repr(example).encode()).hexdigest()
+    example["tokens"] = len(prompt) + sum(map(len, responses))
+    example["dropped"] = next((reason for reason, holds in reasons.items() if holds), "")
+    return example | dict(notes=[note for note, holds in notes.items() if holds])
 
 
 def encode_pair(row, tokenizer):
     """One example with two responses."""
-    prompt, chosen = split_turns(row, "chosen")
-    other_prompt, rejected = split_turns(row, "rejected")
+    (prompt, chosen), (other_prompt, rejected) = split_turns(row, "chosen"), split_turns(row, "rejected")
     if prompt != other_prompt:
         raise ValueError("chosen and rejected answer different prompts")
     return [encode_responses(prompt, [chosen, rejected], tokenizer)]
@@ -408,23 +369,19 @@ def encode_unpaired(row, tokenizer):
     labels = {"completion": row["label"]} if "label" in row else {"chosen": True, "rejected": False}
     if not all(isinstance(label, bool) for label in labels.values()):
         raise ValueError(f"label must be true or false, not {row['label']!r}")
-    turns = {column: split_turns(row, column) for column in labels}
-    return [
-        encode_responses(x, [y], tokenizer) | dict(label=labels[column]) for column, (x, y) in turns.items()
-    ]
+    examples = []
+    for column, label in labels.items():
+        prompt, completion = split_turns(row, column)
+        examples.append(encode_responses(prompt, [completion], tokenizer) | dict(label=label))
+    return examples
 
 
 def encode_chat(row, tokenizer):
-    """One example with one response: all behind the first assistant header, with a mask of the assistant's turns."""
+    """One example with one response: all behind the first assistant header, the assistant's turns scored."""
     if "messages" in row:
         messages = in_turns(messages_of(row["messages"], "user", "messages"), "messages")
-        answered = max(
-            [place for place, turn in enumerate(messages) if turn["role"] == "assistant"], default=0
-        )
-        prompt, completion = (
-            messages[:answered],
-            messages[answered : answered + 1],
-        )  # a last question is left out
+        last = max([place for place, turn in enumerate(messages) if turn["role"] == "assistant"], default=0)
+        prompt, completion = messages[:last], messages[last : last + 1]  # no later question: it has no answer
     else:
         prompt, completion = split_turns(row, "completion")
     example = encode_responses(prompt, [completion], tokenizer)
@@ -434,8 +391,8 @@ def encode_chat(row, tokenizer):
     mask = [False] * len(example["prompt"]) + example["scored"][0]
     for place in [place for place, turn in enumerate(prompt) if turn["role"] == "assistant"]:
         start = common_prefix(ids, to_ids(prompt[:place], tokenizer, header=True))
-        # The turn goes to its end token. Where a template writes none, it goes to where the chat up to this turn
-        # parts from the whole one, which is no sign where a template writes the last turn in a form of its own.
+        # The turn goes to its end token. Where a template writes none, it goes to where the chat up to this
+        # turn parts from the whole one: no sign where a template writes the last turn in a form of its own.
         end = ids.index(ids[-1], start) + 1
         parting = common_prefix(ids, end_once(to_ids(prompt[: place + 1], tokenizer), tokenizer))
         end = min(end, parting) if parting > start else end
@@ -445,8 +402,8 @@ def encode_chat(row, tokenizer):
 
 
 def encode_responses(prompt, completions, tokenizer):
-    """One example. Each completion is tokenized together with the prompt; the prompt is then the longest prefix of
-    tokens that all have in common, so that no token straddles the boundary and every response has the same prompt."""
+    """One example. Each completion is tokenized together with the prompt; the prompt is then the longest
+    prefix of tokens that all share: no token straddles the boundary, and both sides have the same prompt."""
     prompt_ids = to_ids(prompt, tokenizer, header=True)
     texts = [end_once(to_ids(prompt + completion, tokenizer), tokenizer) for completion in completions]
     size = min(common_prefix(prompt_ids, ids) for ids in texts)
@@ -486,19 +443,17 @@ def messages_of(value, role, column):
 
 
 def in_turns(messages, column):
-    """The messages. Raises ValueError unless user and assistant take turns, after a system turn if there is one."""
+    """The messages. Raises ValueError unless user and assistant take turns, behind a system turn or none."""
     roles = [message.get("role") for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns or any(role != ("user", "assistant")[place % 2] for place, role in enumerate(turns)):
-        raise ValueError(
-            f"{column} has turns of {', '.join(map(str, roles))}; user and assistant must take turns"
-        )
+        raise ValueError(f"{column} must have user and assistant by turns, not {', '.join(map(str, roles))}")
     return messages
 
 
 def to_ids(text, tokenizer, header=False):
-    """Token ids of messages as the chat template writes them (`header`: with the start of the assistant's turn), or
-    of plain text, with the special tokens that the tokenizer puts around it."""
+    """Token ids of messages as the chat template writes them (`header`: with the start of the assistant's
+    turn), or of plain text, with the special tokens that the tokenizer puts around it."""
     if isinstance(text, str):
         return tokenizer(text)["input_ids"]
     if tokenizer.chat_template is None:
@@ -526,14 +481,13 @@ def end_once(ids, tokenizer):
 
 def common_prefix(a, b):
     """The number of leading tokens that two lists share."""
-    return next(
-        (place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    shorter = min(len(a), len(b))
+    return next((place for place in range(shorter) if a[place] != b[place]), shorter)
 
 
 def rows_of_step(train, step, args):
-    """(batch_size,) row numbers. The order is a function of seed and epoch, so a step number is all that resuming
-    needs. What fills no batch at an epoch's end is left out; each epoch leaves out others."""
+    """(batch_size,) row numbers. The order is a function of seed and epoch, so a step number is all that
+    resuming needs. What fills no batch at an epoch's end is left out; each epoch leaves out others."""
     epoch, place = divmod(step, len(train) // args.batch_size)
     order = np.random.default_rng((args.seed, epoch)).permutation(len(train))
     return order[place * args.batch_size :][: args.batch_size]
@@ -558,13 +512,11 @@ def share(split, rows, args, run, name=None):
 
 
 def deal(tokens, rows, budget, processes):
-    """Rows dealt, longest first, into the emptiest of processes x k bins, k the smallest that keeps all bins within
-    max(budget, longest row). No bin is empty and each process has k: otherwise FSDP would wait forever."""
+    """Rows dealt, longest first, into the emptiest of processes x k bins, k the smallest that keeps all bins
+    within max(budget, longest row). No bin is empty and each process has k, or FSDP would wait forever."""
     rows = sorted(rows, key=lambda row: -tokens[row])
     budget = max(budget, tokens[rows[0]])
-    most = (
-        len(rows) // processes
-    )  # any more, and a bin would be empty; at this k two rows may exceed the budget
+    most = len(rows) // processes  # with more, bins would be empty; at this k, two rows may exceed the budget
     fewest = math.ceil(sum(tokens[row] for row in rows) / budget / processes)
     for k in range(min(fewest, most), most + 1):
         bins = [(0, place, []) for place in range(processes * k)]  # a heap, the emptiest first
@@ -618,13 +570,11 @@ def pack(split, rows, step_tokens, device):
             heads.append(np.append(prompt[-1], own[:-1])[mask])
             targets.append(np.array(response)[mask])
             owners.append(np.full(sum(mask), len(owners)))
-    ids, positions, keys, heads, targets, owners = (
-        torch.from_numpy(np.concatenate(parts)).to(device)
-        for parts in (ids, positions, keys, heads, targets, owners)
-    )
-    starts = [
-        torch.tensor([0, *np.cumsum(x)], dtype=torch.int32).to(device) for x in (query_lengths, key_lengths)
-    ]
+    starts = [[0, *np.cumsum(lengths)] for lengths in (query_lengths, key_lengths)]
+    starts = [torch.tensor(sums, dtype=torch.int32, device=device) for sums in starts]
+    arrays = (ids, positions, keys, heads, targets, owners)
+    arrays = [torch.from_numpy(np.concatenate(parts)).to(device) for parts in arrays]
+    ids, positions, keys, heads, targets, owners = arrays
     lengths = split.lengths[rows].flatten().to(device)
     ref_sums = None if split.ref is None else split.ref[rows].flatten().to(device)
     places = (keys, key_lengths, query_lengths, starts, heads, targets, owners)
@@ -634,7 +584,7 @@ def pack(split, rows, step_tokens, device):
 def packed_attention(
     module, query, key, value, mask, scaling=None, sliding_window=None, softcap=None, **kwargs
 ):
-    """Causal attention by segment, for transformers' AttentionInterface: a response sees its prompt and itself.
+    """Causal attention by segment for transformers' AttentionInterface: responses see prompt and self.
     query (1, heads, T, d), key and value (1, kv_heads, T, d) -> (1, T, heads, d), None."""
     batch = kwargs["batch"]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
@@ -648,9 +598,8 @@ def packed_attention(
         out = varlen_attn(query, key, value, *batch.starts, *longest, scale=scaling, window_size=window)
     else:
         parts = query.split(batch.query_lengths), key.split(batch.key_lengths), value.split(batch.key_lengths)
-        out = torch.cat(
-            [segment_attention(*x, scaling, sliding_window, softcap) for x in zip(*parts, strict=True)]
-        )
+        how = scaling, sliding_window, softcap
+        out = torch.cat([segment_attention(*segment, *how) for segment in zip(*parts, strict=True)])
     return out[None], None
 
 
@@ -673,12 +622,12 @@ def segment_attention(query, key, value, scaling, sliding_window, softcap):
     return out[0].transpose(0, 1)  # (Q, heads, d)
 
 
-AttentionInterface.register("packed", packed_attention)
+transformers.AttentionInterface.register("packed", packed_attention)
 
 
 def load_model(args, run):
-    """The policy, sharded over the processes: float32 parameters that compute in `run.compute_dtype`. model(batch)
-    gives log-probs. A local folder with a config and no weights gives a model initialised from `seed`."""
+    """The policy, sharded over the processes: float32 parameters that compute in `run.compute_dtype`, and a
+    forward that gives log-probs. A folder with a config and no weights gives a model drawn from `seed`."""
     with rank_zero_first():
         folder = model_folder(args.model, weights=True)
         config = AutoConfig.from_pretrained(folder)
@@ -686,14 +635,11 @@ def load_model(args, run):
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="packed"
-            )
+            how = dict(dtype=torch.float32, attn_implementation="packed")
+            model = AutoModelForCausalLM.from_config(config, **how)
         refuse_unsupported(model, args.model)
         whole = read_weights(folder, config, args) if run.rank == 0 else None
-    model.forward = types.MethodType(
-        packed_forward, model
-    )  # within its forward, FSDP holds the head's weight
+    model.forward = packed_forward.__get__(model)  # within the model's forward, FSDP holds the head's weight
     policy = MixedPrecisionPolicy(param_dtype=run.compute_dtype, reduce_dtype=torch.float32)
     for block in [module for module in model.modules() if type(module).__name__ in model._no_split_modules]:
         fully_shard(block, mesh=run.mesh, mp_policy=policy)
@@ -732,10 +678,8 @@ def read_weights(folder, config, args):
 
 def refuse_unsupported(model, name):
     """Ends the run for an architecture that would be computed wrongly here."""
-    other_layers = set(getattr(model.config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
+    known_layers = {"full_attention", "sliding_attention"}
+    other_layers = set(getattr(model.config, "layer_types", None) or ()) - known_layers
     scalings = {"logit_scale", "logits_scaling", "lm_head_multiplier"} & model.config.to_dict().keys()
     reasons = {
         "its attention cannot be replaced": not model._supports_attention_backend,
@@ -749,27 +693,25 @@ def refuse_unsupported(model, name):
 
 
 def packed_forward(self, batch, entropy=False):
-    """What a model gives here instead of logits: log-probs (R,), and with `entropy` summed token entropies (R,)."""
+    """A model's forward here: log-probs (R,) and, with `entropy`, summed token entropies (R,) or None."""
     out = self.base_model(batch.ids, position_ids=batch.positions, batch=batch, use_cache=False)
-    hidden, weight = (
-        out.last_hidden_state[0, batch.heads],
-        self.get_output_embeddings().weight,
-    )  # (N, H), (V, H)
+    hidden = out.last_hidden_state[0, batch.heads]  # (N, H)
+    head = self.get_output_embeddings().weight  # (V, H)
     softcap = getattr(self.config, "final_logit_softcapping", None)
-    scores = token_logps(hidden, weight, batch.targets, softcap, entropy)
+    scores = token_logps(hidden, head, batch.targets, softcap, entropy)
     zeros = torch.zeros(len(batch.lengths), device=hidden.device)
     return tuple(score if score is None else zeros.index_add(0, batch.owners, score) for score in scores)
 
 
 def token_logps(hidden, weight, targets, softcap=None, entropy=False):
-    """log softmax(hidden @ weight.T)[targets] and, with `entropy`, that distribution's entropy (else None), in nats.
+    """log softmax(hidden @ weight.T)[targets] and, with `entropy`, that softmax's entropy or None, in nats.
     hidden (N, H), weight (V, H), targets (N,) -> (N,) each, float32 or wider; the entropy has no gradient."""
     return TokenLogps.apply(hidden, weight, targets, softcap, entropy, torch.is_grad_enabled())
 
 
 class TokenLogps(torch.autograd.Function):
-    """Logits stand in float32 for a slice of the rows at a time. For the gradient they are kept in the compute dtype
-    and turned into their own gradient in place; where that takes more than 4 GB they are computed again."""
+    """Logits stand in float32 for a slice of the rows at a time. For the gradient they are kept in the
+    compute dtype and turned into it in place; where that takes over 4 GB they are computed again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, entropy, train):
@@ -781,12 +723,11 @@ class TokenLogps(torch.autograd.Function):
             logits = capped(raw, softcap)
             log_sums.append(logits.logsumexp(-1))
             logps.append(logits.gather(1, targets[rows, None])[:, 0] - log_sums[-1])
-            entropies.append(
-                log_sums[-1] - (logits.softmax(-1) * logits).sum(-1) if entropy else log_sums[-1]
-            )
+            if entropy:
+                entropies.append(log_sums[-1] - (logits.softmax(-1) * logits).sum(-1))
         ctx.save_for_backward(hidden, weight, targets, torch.cat(log_sums), kept)
-        entropies = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropies)
+        if entropy:
+            ctx.mark_non_differentiable(entropies := torch.cat(entropies))
         return torch.cat(logps), entropies if entropy else None
 
     @staticmethod
@@ -825,7 +766,7 @@ def capped(logits, softcap):
 
 
 class PairLogps(NamedTuple):
-    """A batch of pairs: log-probs in nats, summed over a completion's scored tokens, and how many those are."""
+    """A batch of pairs: log-probs in nats, summed over a completion's scored tokens, and their number."""
 
     chosen: Tensor  # (B,)
     rejected: Tensor  # (B,)
@@ -844,14 +785,14 @@ def pair_logps(model, batch):
 
 
 def pair_logps_and_entropies(model, batch):
-    """The PairLogps, and the token entropies summed over each response: (2B,), chosen and rejected by turns, nats."""
+    """The PairLogps, and each response's summed token entropies (2B,), chosen and rejected by turns, nats."""
     sums, entropies = model(batch, entropy=True)
     return as_pairs(sums, batch.lengths), entropies
 
 
 def add_reference(model, train, held_out, args, run):
-    """Gives the splits the log-probs of the policy as it is now, before its first step. They are computed by the same
-    code as the policy's, once, and kept beside `output_dir` for every run that starts from the same model and rows."""
+    """Gives the splits the log-probs of the policy as it is now, before its first step. The policy's own code
+    computes them once; a file beside `output_dir` keeps them for all runs from the same model and rows."""
     start = start_fingerprint(args)
     for split in filter(None, (train, held_out)):
         key = repr([start, split.fingerprint, run.compute_dtype, run.device.type, "packed"])
@@ -880,27 +821,50 @@ def start_fingerprint(args):
     folder = model_folder(args.model)
     if folder != Path(args.model):
         return folder.name
-    weights = sorted(folder.glob("*.safetensors"))
-    files = [folder / "config.json", *weights]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files] + [
-        None if weights else args.seed
-    ]
+    digests = [args.seed] if not any(folder.glob("*.safetensors")) else []
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests
+
+
+def print_summary(model, train, last_step, args, run):
+    """What is about to run, and by formula what memory a process needs at its peak."""
+    config, tokens = model.config, max(args.tokens_per_micro_batch, train.tokens.max())
+    size = sum(parameter.numel() for parameter in model.parameters())
+    layer = 25 * config.hidden_size + 8 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+    kept = 2 * config.hidden_size if args.gradient_checkpointing else layer  # bytes a token, in bfloat16
+    work = tokens * (config.num_hidden_layers * kept + layer + 1.4 * config.vocab_size)
+    work += (
+        6 * config.vocab_size * config.hidden_size
+    )  # embedding and head, gathered, and the head's gradient
+    work *= run.compute_dtype.itemsize / 2
+    where = f"{run.world_size} x {run.device.type}, {str(run.compute_dtype).removeprefix('torch.')}"
+    print0(
+        f"{size:,} parameters in float32, computing on {where}; {last_step} steps of {args.batch_size} rows"
+    )
+    print0(f"rows have {train.tokens.mean():.0f} tokens on average; a micro-batch up to {tokens}")
+    states = 16 * size / run.world_size  # weights, gradients and AdamW's moments
+    print0(
+        f"memory of a process: {states / 1e9:.2f} GB to hold the states, about {work / 1e9:.2f} GB to compute"
+    )
 
 
 class Metrics:
-    """Means over the rows of a step or an evaluation, by one all-reduce of sums and counts: no value depends on the
-    number of processes."""
+    """Means over the rows of a step or an evaluation, by one all-reduce of sums and counts: no value depends
+    on the number of processes."""
 
     def __init__(self, run):
         self.run, self.sums, self.seen, self.started = run, {}, [], time.perf_counter()
 
     def add(self, name, values, count=None):
         """Values (n,) of one metric; `count` takes the place of n."""
-        pair = torch.stack([values.detach().double().sum(), values.new_tensor(count or len(values)).double()])
-        self.sums[name] = self.sums.get(name, 0) + pair
+        sums = torch.stack([values.detach().double().sum(), values.new_tensor(count or len(values)).double()])
+        self.sums[name] = self.sums.get(name, 0) + sums
 
     def add_pairs(self, batch, losses, policy, chosen_rewards, rejected_rewards, entropies=None):
         """The metrics of a batch of pairs, under TRL's names. losses and rewards (B,), entropies (2B,)."""
+        self.add("loss", losses)
         self.add("rewards/chosen", chosen_rewards)
         self.add("rewards/rejected", rejected_rewards)
         self.add("rewards/margins", chosen_rewards - rejected_rewards)
@@ -911,7 +875,6 @@ class Metrics:
             self.add(f"logps/{side}_mean", logps / lengths)
             if batch.ref:
                 self.add(f"logratios/{side}", logps - getattr(batch.ref, side))
-        self.add("loss", losses)
         self.add_rows(batch, losses, torch.stack([policy.chosen, policy.rejected], 1).flatten(), entropies)
 
     def add_chats(self, batch, logps, entropies=None):
@@ -919,17 +882,15 @@ class Metrics:
         self.add("loss", -logps, int(batch.lengths.sum()))
         self.add_rows(batch, -logps, logps, entropies)
 
-    def add_rows(self, batch, losses, sums, entropies=None):
-        """Each row's loss (B,), log-probs (R,) and entropies (R,), kept for the checks and an evaluation's file."""
+    def add_rows(self, batch, losses, logps, entropies):
+        """Keeps each row's loss (B,), log-probs (R,) and entropies (R,), for the checks and save_rows."""
         if entropies is not None:
             self.add("entropy", entropies, int(batch.lengths.sum()))
-        self.seen.append((batch, losses.detach(), sums.detach(), entropies))
+        self.seen.append((batch, losses.detach(), logps.detach(), entropies))
 
     def mean(self, prefix=""):
         """{metric: mean over all processes}, and the tokens per second that all of them computed together."""
-        tokens = torch.tensor(
-            [sum(batch.ids.numel() for batch, *_ in self.seen)], device=self.run.device
-        ).double()
+        tokens = self.seen[0][1].new_tensor([sum(batch.ids.numel() for batch, *_ in self.seen)])
         self.add("tokens_per_second", tokens, (time.perf_counter() - self.started) / self.run.world_size)
         totals = torch.stack(list(self.sums.values()))  # (metrics, 2)
         dist.all_reduce(totals)
@@ -939,38 +900,38 @@ class Metrics:
     def save_rows(self, split, step):
         """The values of each row of an evaluation, as eval/step-<step>.safetensors."""
         table = torch.zeros(2, *split.lengths.shape, device=self.run.device)
-        for batch, _, sums, entropies in self.seen:
-            table[:, batch.rows] = torch.stack([sums, entropies]).view(2, len(batch.rows), -1)
+        for batch, _, logps, entropies in self.seen:
+            table[:, batch.rows] = torch.stack([logps, entropies]).view(2, len(batch.rows), -1)
         dist.all_reduce(table)  # each row was one process's
         if self.run.rank == 0:
-            values = {"policy": table[0].cpu(), "entropy": table[1].cpu(), "lengths": split.lengths}
+            values = dict(policy=table[0].cpu(), entropy=table[1].cpu(), lengths=split.lengths)
             values |= {} if split.ref is None else {"reference": split.ref}
-            (self.run.output_dir / "eval").mkdir(exist_ok=True)
-            save_file(values, self.run.output_dir / "eval" / f"step-{step:06d}.safetensors")
+            path = self.run.output_dir / "eval" / f"step-{step:06d}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            save_file(values, path)
 
 
 def check_reference(metrics, run):
-    """Before the first update the policy is the reference. Reports the largest log-ratio per token, which rounding in
-    other batches alone should make, and warns where there is more."""
-    drift = max(((sums - batch.ref_sums) / batch.lengths).abs().max() for batch, _, sums, _ in metrics.seen)
+    """Before the first update the policy is the reference. Reports the largest log-ratio per token, which
+    nothing but rounding in other company should make, and warns where there is more."""
+    drift = max(((logps - batch.ref_sums) / batch.lengths).abs().max() for batch, _, logps, _ in metrics.seen)
     dist.all_reduce(drift, dist.ReduceOp.MAX)
     limit = 1e-2 if run.compute_dtype == torch.bfloat16 else 1e-5
     print0(f"policy against reference at step 0: log-ratios up to {drift:.1e} nats a token")
-    print0(f"WARNING: that is above {limit}, so they are not the same model") if drift > limit else None
+    if drift > limit:
+        print0(f"WARNING: more than {limit}, so policy and reference do not compute the same")
 
 
 def stop_unless_finite(grad_norm, metrics, step):
     """Ends the run before an update that would spoil the weights; the last checkpoint stays as it is."""
-    if not math.isfinite(grad_norm := grad_norm.full_tensor()):
-        losses = {
-            int(row): loss
-            for batch, losses, *_ in metrics.seen
-            for row, loss in zip(batch.rows, losses.tolist())
-        }
-        rows = [row for row, loss in losses.items() if not math.isfinite(loss)] or f"none of {sorted(losses)}"
-        raise SystemExit(
-            f"stopped in step {step}: gradient norm {grad_norm}; rows whose loss is not finite: {rows}"
-        )
+    if math.isfinite(grad_norm):
+        return
+    seen = [pair for batch, losses, *_ in metrics.seen for pair in zip(batch.rows, losses, strict=True)]
+    bad = [int(row) for row, loss in seen if not loss.isfinite()]
+    where = (
+        f"loss not finite in training rows {bad}" if bad else f"rows {sorted(int(row) for row, _ in seen)}"
+    )
+    raise SystemExit(f"stopped in step {step}, before its update: gradient norm {grad_norm}, {where}")
 
 
 def learning_rate(step, last_step, args):
@@ -999,7 +960,7 @@ def training_state(model, optimizer):
 def save_checkpoint(model, optimizer, train, step, args, run):
     """Writes checkpoints/step-<step>, a name that stands there only when all of it is on the disk."""
     folder = run.output_dir / "checkpoints"
-    partial = folder / ".partial"
+    partial, final = folder / ".partial", folder / f"step-{step:06d}"
     if run.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -1013,8 +974,8 @@ def save_checkpoint(model, optimizer, train, step, args, run):
         for path in [*partial.iterdir(), partial]:
             os.fsync(descriptor := os.open(path, os.O_RDONLY))
             os.close(descriptor)
-        shutil.rmtree(folder / f"step-{step:06d}", ignore_errors=True)  # an incomplete one
-        partial.rename(folder / f"step-{step:06d}")
+        shutil.rmtree(final, ignore_errors=True)  # only a damaged one can stand there
+        partial.rename(final)
         for old in checkpoints(run)[: -args.keep_checkpoints]:
             shutil.rmtree(old)
     dist.barrier()
@@ -1024,47 +985,43 @@ def checkpoints(run):
     """The folders of the complete checkpoints, oldest first."""
     complete = []
     for path in sorted(run.output_dir.glob("checkpoints/step-*/state.json")):
-        files = json.loads(path.read_text())["files"]
-        if all(
-            (file := path.parent / name).is_file() and file.stat().st_size == files[name] for name in files
-        ):
+        sizes = json.loads(path.read_text())["files"]
+        there = {file.name: file.stat().st_size for file in path.parent.iterdir()}
+        if sizes.items() <= there.items():
             complete.append(path.parent)
     return complete
 
 
 def resume(model, optimizer, train, args, run):
-    """(first step, last step) of what is left to do. Under `--resume` that begins behind the newest checkpoint."""
+    """(first step, last step) of what is left to do, under `--resume` behind the newest checkpoint."""
     last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
-    print0(f"{last_step} steps of {args.batch_size} rows")
+    print_summary(model, train, last_step, args, run)
     found = checkpoints(run) if args.resume else []
     if not found:
         return 0, last_step
     state = json.loads((found[-1] / "state.json").read_text())
     if state["data"] != train.fingerprint:
-        fail(f"--resume: the training rows are not those that {found[-1]} was trained on")
+        fail(f"--resume: the training rows are not those of {found[-1]}")
     for parameter in model.parameters():
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = moments | {"step": torch.tensor(float(state["step"]), device=run.device)}
     dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(found[-1])))
-    if run.rank == 0:  # lines that the stopped run wrote after its checkpoint
+    if run.rank == 0:  # the stopped run may have gone on behind its checkpoint
         path = run.output_dir / "metrics.jsonl"
-        lines = [
-            line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= state["step"]
-        ]
-        path.write_text("".join(lines))
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
     print0(f"resumed behind step {state['step']} from {found[-1]}")
     return state["step"], last_step
 
 
 def export(model, tokenizer, args, run, folder=None):
-    """Writes a Hugging Face folder, `output_dir` itself if no other is given: weights in the start model's dtype,
-    tokenizer, generation config and card. config.json comes last: a folder without it holds no whole model."""
-    weights, seen = {}, set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:  # a tied weight is one tensor under two names
-            seen.add(id(tensor))
-            tensor = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
-            weights |= {name: tensor.to("cpu", model.config.dtype)} if run.rank == 0 else {}
+    """Writes a Hugging Face folder, `output_dir` if no other is given: weights in the start model's dtype,
+    tokenizer, generation config, card. config.json comes last: a folder without it holds no whole model."""
+    weights = {}
+    for name, parameter in model.named_parameters():  # a tied weight comes once
+        whole = parameter.detach().full_tensor()
+        if run.rank == 0:
+            weights[name] = whole.to("cpu", model.config.dtype)
     if run.rank == 0:
         folder = Path(folder or run.output_dir)
         partial = folder / ".export"
@@ -1081,28 +1038,27 @@ def export(model, tokenizer, args, run, folder=None):
 
 
 def empty_model(tokenizer, dtype, args):
-    """The start model without weights, with a generation config that stops where the training data does."""
+    """The start model without weights, and with a generation config that stops where the training rows do."""
     start = model_folder(args.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(start), dtype=dtype)
     if (start / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(start)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(start)
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        ends = {end_once(to_ids(chat, tokenizer), tokenizer)[-1]}
-        ends |= set(np.atleast_1d(model.generation_config.eos_token_id or []).tolist())
-        model.generation_config.eos_token_id = sorted(map(int, ends))
+        ends = np.atleast_1d(model.generation_config.eos_token_id or []).tolist()
+        ends.append(end_once(to_ids(chat, tokenizer), tokenizer)[-1])
+        model.generation_config.eos_token_id = sorted({int(end) for end in ends})
     return model
 
 
 def model_card(args):
     """How the model was made, for the README of its folder."""
-    git = subprocess.run(
-        ["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    command = ["git", "-C", HERE, "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
     return (
         f"---\nlibrary_name: transformers\n---\n\nMade from {args.model} by `{Path(sys.argv[0]).name}` on"
-        f" {args.train_split} of {args.dataset}, at commit {git.stdout.strip() or 'unknown'}, with these settings:\n\n"
+        f" {args.train_split} of {args.dataset}, at commit {git.stdout.strip() or 'unknown'}, with\n\n"
         f"```yaml\n{yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)}```\n"
     )
 

@@ -82,14 +82,16 @@ def main(args):
             share_of_step = batch.lengths.sum() / batch.step_tokens
             (sft_loss(logps, batch.lengths) * share_of_step * run.world_size).backward()
             metrics.add_chats(batch, logps)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = (
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).full_tensor().item()
+        )
         common.stop_unless_finite(grad_norm, metrics, step)
         learning_rate = optimizer.param_groups[0]["lr"] = common.learning_rate(step, last_step, args)
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        results = metrics.mean() | {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+        results = metrics.mean() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
         if held_out and common.due(args.eval_every, done, last_step):
             results |= evaluate(model, held_out, done, args, run)
         run.log(done, results)

@@ -125,7 +125,9 @@ def main(args):
             # FSDP takes the mean over processes; what remains is the mean over the step's pairs.
             (losses.sum() * run.world_size / args.batch_size).backward()
             metrics.add_pairs(batch, losses, policy, chosen_rewards, rejected_rewards)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = (
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).full_tensor().item()
+        )
         common.stop_unless_finite(grad_norm, metrics, step)
         if step == 0 and uses_reference(args):
             common.check_reference(metrics, run)
@@ -134,7 +136,7 @@ def main(args):
         optimizer.zero_grad()
 
         done = step + 1
-        results = metrics.mean() | {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+        results = metrics.mean() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
         if held_out and common.due(args.eval_every, done, last_step):
             results |= evaluate(model, held_out, done, args, run)
         run.log(done, results)
