@@ -108,7 +108,7 @@ def argument_names(script):
 
 
 def start(args):
-    """Joins the processes that torchrun started (without it, a world of one) and claims the output folder."""
+    """Checks the settings and joins the processes that torchrun started; without it, a world of one."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -122,7 +122,7 @@ def start(args):
         datasets.disable_progress_bars()
     with rank_zero_first():
         if dist.get_rank() == 0:
-            claim_output_dir(args)
+            check_settings(args)
     return Run(args)
 
 
@@ -143,26 +143,23 @@ def rank_zero_first():
             dist.broadcast(failed, 0)
 
 
-def claim_output_dir(args):
-    """Checks the shared settings and writes them, as config.yaml, into an empty folder. Under `--resume` the
-    folder may hold a run of the same settings."""
+def check_settings(args):
+    """What must hold in every script; and the output folder is empty, or `--resume` finds its own run there."""
     for name in ("batch_size", "tokens_per_micro_batch", "max_length", "max_grad_norm", "keep_checkpoints"):
         if getattr(args, name) <= 0:
             fail(f"--{name} must be above 0, not {getattr(args, name)}")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         fail(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
-    folder, settings = Path(args.output_dir), dataclasses.asdict(args)
-    del settings["resume"]
-    saved = folder / "config.yaml"
+    folder, saved = Path(args.output_dir), Path(args.output_dir) / "config.yaml"
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         if not args.resume or not saved.is_file():
             fail(f"--output_dir {folder} is in use: choose another, or go on with the run in it by --resume")
         before = yaml.safe_load(saved.read_text())
-        for name in settings.keys() - MAY_CHANGE:
-            if settings[name] != before.get(name):
-                fail(f"--resume: the run in {folder} has {name} {before.get(name)}, not {settings[name]}")
-    folder.mkdir(parents=True, exist_ok=True)
-    saved.write_text(yaml.safe_dump(settings, sort_keys=False))
+        for name in dataclasses.asdict(args).keys() - {"resume", *MAY_CHANGE}:
+            if getattr(args, name) != before.get(name):
+                fail(
+                    f"--resume: the run in {folder} has {name} {before.get(name)}, not {getattr(args, name)}"
+                )
 
 
 class Run:
@@ -638,7 +635,7 @@ def load_model(args, run):
             how = dict(dtype=torch.float32, attn_implementation="packed")
             model = AutoModelForCausalLM.from_config(config, **how)
         refuse_unsupported(model, args.model)
-        whole = read_weights(folder, config, args) if run.rank == 0 else None
+        whole = read_weights(folder, args) if run.rank == 0 else None
     model.forward = packed_forward.__get__(model)  # within the model's forward, FSDP holds the head's weight
     policy = MixedPrecisionPolicy(param_dtype=run.compute_dtype, reduce_dtype=torch.float32)
     for block in [module for module in model.modules() if type(module).__name__ in model._no_split_modules]:
@@ -659,10 +656,10 @@ def load_model(args, run):
     return model.train()
 
 
-def read_weights(folder, config, args):
+def read_weights(folder, args):
     """The whole model, in the dtype of its files."""
     if any(folder.glob("*.safetensors")):
-        how = dict(config=config, dtype="auto", use_safetensors=True, output_loading_info=True)
+        how = dict(dtype="auto", use_safetensors=True, output_loading_info=True)
         model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
         if missing := sorted(info["missing_keys"]):
             fail(f"--model {args.model}: {len(missing)} tensors are missing, {missing[0]} among them")
@@ -673,7 +670,7 @@ def read_weights(folder, config, args):
         fail(f"--model {args.model}: the hub has no safetensors of it")
     print0(f"{folder} has a config and no weights: they are drawn from seed {args.seed}")
     torch.manual_seed(args.seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
 
 
 def refuse_unsupported(model, name):
@@ -931,7 +928,7 @@ def stop_unless_finite(grad_norm, metrics, step):
     where = (
         f"loss not finite in training rows {bad}" if bad else f"rows {sorted(int(row) for row, _ in seen)}"
     )
-    raise SystemExit(f"stopped in step {step}, before its update: gradient norm {grad_norm}, {where}")
+    raise SystemExit(f"stopped in step {step + 1}, before its update: gradient norm {grad_norm}, {where}")
 
 
 def learning_rate(step, last_step, args):
@@ -976,7 +973,7 @@ def save_checkpoint(model, optimizer, train, step, args, run):
             os.close(descriptor)
         shutil.rmtree(final, ignore_errors=True)  # only a damaged one can stand there
         partial.rename(final)
-        for old in checkpoints(run)[: -args.keep_checkpoints]:
+        for old in set(folder.glob("step-*")) - set(checkpoints(run)[-args.keep_checkpoints :]):
             shutil.rmtree(old)
     dist.barrier()
 
@@ -996,6 +993,10 @@ def resume(model, optimizer, train, args, run):
     """(first step, last step) of what is left to do, under `--resume` behind the newest checkpoint."""
     last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
     print_summary(model, train, last_step, args, run)
+    if run.rank == 0:
+        settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "resume"}
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        (run.output_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     found = checkpoints(run) if args.resume else []
     if not found:
         return 0, last_step

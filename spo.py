@@ -87,8 +87,8 @@ def uses_reference(args):
 def preference_loss(policy, ref, args):
     """policy, ref: common.PairLogps, sums in nats. Returns losses, chosen_rewards, rejected_rewards: (B,).
     The rewards are beta times the log-ratios, detached."""
-    chosen_logratios = policy.chosen - ref.chosen  # (B,), r_w
-    rejected_logratios = policy.rejected - ref.rejected  # r_l
+    chosen_logratios = policy.chosen - ref.chosen  # (B,)
+    rejected_logratios = policy.rejected - ref.rejected
     s = args.beta * (chosen_logratios - rejected_logratios)
     t = -args.alpha * rejected_logratios  # with alpha 0 this is 0, and so is its term
     losses = -s * torch.exp(-s) - t * torch.exp(-t)

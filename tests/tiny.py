@@ -76,19 +76,34 @@ def model(folder, kind="llama", seed=0, weights=True):
     return folder
 
 
+def sentences(seed, words=12):
+    """Endless sentences of 1 to `words` words."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        length = int(torch.randint(1, words + 1, (), generator=generator))
+        yield " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator).tolist())
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
 def pairs(path, count, seed=0, words=12):
     """A JSON lines file of preference pairs of varying length."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def text():
-        length = int(torch.randint(1, words + 1, (), generator=generator))
-        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator).tolist())
-
+    text = sentences(seed, words)
     with open(path, "w") as file:
         for _ in range(count):
-            prompt = [{"role": "user", "content": text()}]
-            row = {
-                side: prompt + [{"role": "assistant", "content": text()}] for side in ("chosen", "rejected")
-            }
+            prompt = [turn("user", next(text))]
+            row = {side: prompt + [turn("assistant", next(text))] for side in ("chosen", "rejected")}
             file.write(json.dumps(row) + "\n")
+    return path
+
+
+def chats(path, count, seed=0, words=12):
+    """A JSON lines file of chats of one to three questions and answers."""
+    text = sentences(seed, words)
+    with open(path, "w") as file:
+        for place in range(count):
+            roles = ["user", "assistant"] * (1 + place % 3)
+            file.write(json.dumps({"messages": [turn(role, next(text)) for role in roles]}) + "\n")
     return path

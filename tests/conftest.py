@@ -1,0 +1,26 @@
+"""Keeps the tests' caches away from the user's."""
+
+import os
+import tempfile
+
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is exact on a CPU is what these tests check
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: more threads only wait for one another
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with tiny models and 320 training pairs, 40 held-out ones and chats made of them."""
+    folder = tmp_path_factory.mktemp("world")
+    for kind in ("llama", "qwen2"):
+        tiny.model(folder / kind, kind)
+    data = folder / "data"
+    data.mkdir()
+    tiny.pairs(data / "train_prefs.jsonl", 320, seed=1)
+    tiny.pairs(data / "test_prefs.jsonl", 40, seed=2)
+    tiny.chats(data / "train_sft.jsonl", 160, seed=3)
+    tiny.chats(data / "test_sft.jsonl", 20, seed=4)
+    return folder

@@ -1,0 +1,101 @@
+"""Nothing that a run computes depends on the number of processes, and they really share the work."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import worker
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parent
+WORLDS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def results(world, tmp_path_factory):
+    """{number of processes: folder with the output of every case of worker.py}."""
+    folders = {}
+    for processes in WORLDS:
+        folders[processes] = tmp_path_factory.mktemp(f"processes-{processes}")
+        command = ["torchrun", "--nproc_per_node", processes, "--master_port", 29600 + processes]
+        command += [TESTS / "worker.py", world, folders[processes]]
+        command[0:1] = [sys.executable, "-m", "torch.distributed.run"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def seen(folder, processes):
+    return [json.loads((folder / f"process-{rank}.json").read_text()) for rank in range(processes)]
+
+
+def test_gradients_of_a_step_depend_on_neither_processes_nor_budget(results):
+    expected = load_file(results[1] / "gradients/gradients.safetensors")
+    assert sum(gradient.norm() ** 2 for gradient in expected.values()) > 0.01
+    for processes in WORLDS:
+        for case in ("gradients", "gradients-large-budget"):
+            actual = load_file(results[processes] / case / "gradients.safetensors")
+            for name, gradient in expected.items():
+                error = (actual[name] - gradient).norm() / gradient.norm()
+                assert error < 1e-6, f"{processes} processes, {case}, parameter {name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("case", ["dpo", "sft"])
+def test_the_metrics_of_a_run_do_not_depend_on_the_processes(results, case):
+    expected = metrics(results[1] / case)
+    assert len(expected) == {"dpo": 20, "sft": 10}[case]
+    for processes in (2, 4):
+        for line, reference in zip(metrics(results[processes] / case), expected, strict=True):
+            assert line.keys() == reference.keys()
+            for name in line.keys() - {name for name in line if name.endswith("tokens_per_second")}:
+                assert line[name] == pytest.approx(reference[name], rel=1e-5, abs=1e-5), (
+                    processes,
+                    line["step"],
+                    name,
+                )
+
+
+@pytest.mark.parametrize("case, start", [("dpo", math.log(2)), ("ipo", 1 / (4 * 0.05**2)), ("spo", 0.0)])
+@pytest.mark.parametrize("processes", WORLDS)
+def test_the_first_loss_is_that_of_a_policy_which_equals_its_reference(results, case, start, processes):
+    first, second, *_ = metrics(results[processes] / case)
+    assert first["loss"] == pytest.approx(start, rel=1e-6, abs=1e-7)
+    assert abs(first["logratios/chosen"]) < 1e-6 and abs(first["logratios/rejected"]) < 1e-6
+    assert abs(second["loss"] - start) > 1e-5  # and then it moves
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_processes_share_rows_and_weights(results, processes):
+    alone = seen(results[1] / "gradients", 1)[0]
+    shared = seen(results[processes] / "gradients", processes)
+    tokens = [sum(process["packed"]) for process in shared]
+    assert sum(tokens) == sum(alone["packed"]) and min(tokens) > 0
+    assert len(set(tokens)) > 1  # each had rows of its own
+    assert len({len(process["packed"]) for process in shared}) == 1  # and as many collective calls
+    sizes = [process["shard_size"] for process in shared]
+    assert sum(sizes) == alone["shard_size"]
+    assert max(sizes) < 1.1 * alone["shard_size"] / processes
+
+
+def test_every_micro_batch_keeps_the_budget(results):
+    for processes in WORLDS:
+        for process in seen(results[processes] / "gradients", processes):
+            assert max(process["packed"]) <= worker.CASES["gradients"][1]["tokens_per_micro_batch"]
+
+
+def test_the_exported_models_agree(results):
+    expected = load_file(results[1] / "dpo/model.safetensors")
+    for processes in (2, 4):
+        actual = load_file(results[processes] / "dpo/model.safetensors")
+        assert actual.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,405 @@
+"""Runs from end to end, stopped runs and errors of use: real files, real processes."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+import dpo
+import ipo
+import sft
+import spo
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_ROWS = ROOT.parent / "shared" / "data"
+
+
+def settings(world, out, **others):
+    shared = dict(model=f"{world}/llama", dataset=f"{world}/data", output_dir=str(out), batch_size=32)
+    return shared | dict(tokens_per_micro_batch=600, learning_rate=1e-3, save_every=1, eval_every=0) | others
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def command(script, options, processes=0):
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29655"]
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return [sys.executable, *(torchrun if processes else []), str(ROOT / script), *flags]
+
+
+def run(script, options, processes=0, **kwargs):
+    return subprocess.run(command(script, options, processes), capture_output=True, text=True, **kwargs)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_behind(step, monkeypatch):
+    """Lets a run end as if it were killed, after `step` updates and their checkpoint."""
+    save = common.save_checkpoint
+
+    def save_and_stop(model, optimizer, train, done, args, run):
+        save(model, optimizer, train, done, args, run)
+        if done == step:
+            raise Stopped
+
+    monkeypatch.setattr(common, "save_checkpoint", save_and_stop)
+
+
+@pytest.fixture(autouse=True)
+def one_world():
+    """A test that leaves its run early leaves its process group, too."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    spo.main(spo.Args(**settings(world, out, num_train_epochs=1)))
+    return out
+
+
+@pytest.mark.parametrize("step", range(1, 10))
+def test_a_resumed_run_ends_with_the_same_bits(world, uninterrupted, tmp_path, monkeypatch, capsys, step):
+    args = settings(world, tmp_path / "stopped")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_behind(step, patch)
+        spo.main(spo.Args(**args))
+    torch.distributed.destroy_process_group()
+    (tmp_path / "stopped/metrics.jsonl").open("a").write(
+        '{"step": 99, "loss": 0}\n'
+    )  # written behind the checkpoint
+    steps, rows_of_step = [], common.rows_of_step
+    monkeypatch.setattr(
+        common, "rows_of_step", lambda train, s, a: steps.append(s) or rows_of_step(train, s, a)
+    )
+    spo.main(spo.Args(**args, resume=True))
+    assert steps == list(range(step, 10))
+    printed = capsys.readouterr().out.split(f"resumed behind step {step}")[0].splitlines()
+    assert any("rows read from" in line for line in printed[-8:])
+    whole, resumed = (load_file(out / "model.safetensors") for out in (uninterrupted, tmp_path / "stopped"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    lines = [[{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics(out)]
+             for out in (uninterrupted, tmp_path / "stopped")]  # fmt: skip
+    assert lines[0] == lines[1]
+
+
+def test_a_lost_reference_is_computed_again_from_the_start_weights(
+    world, uninterrupted, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_behind(6, patch)
+        spo.main(spo.Args(**settings(world, tmp_path / "stopped")))
+    torch.distributed.destroy_process_group()
+    for file in (tmp_path / "reference").iterdir():
+        file.unlink()
+    spo.main(spo.Args(**settings(world, tmp_path / "stopped", resume=True)))
+    whole, resumed = (load_file(out / "model.safetensors") for out in (uninterrupted, tmp_path / "stopped"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(world, tmp_path, monkeypatch, capsys):
+    args = settings(world, tmp_path / "stopped", keep_checkpoints=2)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_behind(3, patch)
+        dpo.main(dpo.Args(**args))
+    torch.distributed.destroy_process_group()
+    newest = tmp_path / "stopped/checkpoints/step-000003"
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-000002", "step-000003"]
+    shard = next(newest.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-7])
+    dpo.main(dpo.Args(**args, resume=True, max_steps=4))
+    assert "resumed behind step 2" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(tmp_path / "stopped")] == [1, 2, 3, 4]
+
+
+def test_more_epochs_go_on_with_the_schedule_of_the_new_total(world, tmp_path):
+    args = settings(world, tmp_path / "run", batch_size=64, learning_rate=1.0, max_grad_norm=1e-9)
+    sft_args = args | dict(batch_size=80)
+    sft.main(sft.Args(**sft_args))
+    assert len(metrics(tmp_path / "run")) == 2
+    sft.main(sft.Args(**sft_args, num_train_epochs=3, resume=True))
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    # 6 steps, ceil(0.1 x 6) = 1 of warm-up: step 2 of 0..5 is a fifth of the way down the half cosine
+    assert lines[2]["learning_rate"] == pytest.approx(0.5 * (1 + math.cos(math.pi / 5)))
+
+
+def kill_all(word):
+    """SIGKILL to all processes with this word in their command line, torchrun and its workers."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if word in path.read_text() and int(path.parent.name) != os.getpid():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux's /proc to find the processes")
+def test_a_killed_run_goes_on_with_another_number_of_processes(world, uninterrupted, tmp_path):
+    args = settings(world, tmp_path / "killed")
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with subprocess.Popen(command("spo.py", args, 2), **quiet):
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("killed/checkpoints/step-*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        kill_all(f"{tmp_path}/killed")
+    assert not (tmp_path / "killed/config.json").exists()  # no whole model yet
+    spo.main(spo.Args(**args, resume=True))
+    assert len(metrics(tmp_path / "killed")) == 10
+    for line, expected in zip(metrics(tmp_path / "killed"), metrics(uninterrupted), strict=True):
+        for name in line.keys() - {"tokens_per_second"}:
+            assert line[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("script", [dpo, ipo, spo, sft], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("processes", [0, 2])
+def test_every_script_runs_as_a_user_runs_it(world, tmp_path, script, processes):
+    options = settings(world, tmp_path / "out", max_steps=4, eval_every=2, save_every=2, export_every=2)
+    done = run(f"{script.__name__}.py", options, processes)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = tmp_path / "out"
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert ["eval/entropy" in line for line in lines] == [False, True, False, True]
+    kept = ["README.md", "checkpoints", "config.json", "config.yaml", "eval", "metrics.jsonl", "models"]
+    assert set(kept) <= {path.name for path in out.iterdir()} and not (out / ".export").exists()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000004"]
+    final, snapshot = (
+        load_file(folder / "model.safetensors") for folder in (out, out / "models/step-000004")
+    )
+    assert all(torch.equal(final[name], snapshot[name]) for name in final)
+    table = load_file(out / "eval/step-000004.safetensors")
+    logps, lengths, entropy = (table[name].sum() for name in ("policy", "lengths", "entropy"))
+    assert lines[-1]["eval/entropy"] == pytest.approx(float(entropy / lengths), rel=1e-5)
+    if script is sft:
+        assert lines[-1]["eval/loss"] == pytest.approx(float(-logps / lengths), rel=1e-5)
+    else:
+        gap = (table["policy"] - table["reference"])[:, 0].mean()
+        assert lines[-1]["eval/logratios/chosen"] == pytest.approx(float(gap), rel=1e-4, abs=1e-5)
+
+
+def test_training_does_what_the_loss_asks_for(world, tmp_path):
+    """SPO draws the log-ratios towards r_w = 1/beta - 1/alpha and r_l = -1/alpha, here +1 and -1 nats."""
+    args = settings(
+        world, tmp_path / "spo", beta=0.5, alpha=1.0, num_train_epochs=20, learning_rate=3e-3, save_every=0
+    )
+    spo.main(spo.Args(**args))
+    last = metrics(tmp_path / "spo")[-1]
+    assert last["logratios/chosen"] == pytest.approx(1.0, abs=0.3)
+    assert last["logratios/rejected"] == pytest.approx(-1.0, abs=0.3)
+    assert last["rewards/accuracies"] > 0.95
+    assert last["loss"] < -0.7  # -2/e = -0.736 at the minimum
+
+
+def test_the_config_of_a_run_repeats_it(world, uninterrupted, tmp_path):
+    options = dict(config=uninterrupted / "config.yaml", output_dir=tmp_path / "again")
+    done = run("spo.py", options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, again = (load_file(out / "model.safetensors") for out in (uninterrupted, tmp_path / "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_the_export_is_the_trained_model(world, tmp_path, kind):
+    """Identical logits after a reload, those of the checkpoint's tensors in a plain transformers model."""
+    out = tmp_path / "run"
+    sft.main(sft.Args(**settings(world, out, model=f"{world}/{kind}", max_steps=3)))
+    exported, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    trained = AutoModelForCausalLM.from_config(exported.config)
+    with safe_open(next(out.glob("checkpoints/step-000003/*.safetensors")), "pt") as file, torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            parameter.copy_(file.get_tensor(name))
+    ids = torch.arange(5, 60)[None]
+    assert torch.equal(exported(ids).logits, trained(ids).logits)
+    started = AutoModelForCausalLM.from_pretrained(f"{world}/{kind}")
+    assert not torch.equal(exported(ids).logits, started(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer.apply_chat_template(
+        [tiny.turn("user", "tea")], add_generation_prompt=True, return_tensors="pt"
+    )
+    answer = exported.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert answer.shape[1] > prompt["input_ids"].shape[1]
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in exported.generation_config.eos_token_id
+    card = (out / "README.md").read_text()
+    assert "max_steps: 3" in card and f"{world}/{kind}" in card
+
+
+def test_an_export_has_the_dtype_of_the_start_model(world, tmp_path):
+    AutoModelForCausalLM.from_pretrained(f"{world}/llama", dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "half"
+    )
+    AutoTokenizer.from_pretrained(f"{world}/llama").save_pretrained(tmp_path / "half")
+    dpo.main(dpo.Args(**settings(world, tmp_path / "out", model=str(tmp_path / "half"), max_steps=2)))
+    weights = load_file(tmp_path / "out/model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    checkpoint = load_file(next((tmp_path / "out").glob("checkpoints/*/*.safetensors")))
+    assert {tensor.dtype for tensor in checkpoint.values()} == {torch.float32}
+
+
+def test_no_file_of_a_run_is_a_pickle(uninterrupted):
+    for path in uninterrupted.rglob("*"):
+        assert path.suffix not in (".pt", ".pth", ".bin", ".pkl", ".distcp", ".metadata"), path
+
+
+@pytest.mark.skipif(not REAL_ROWS.is_dir(), reason="the real rows are not part of the repository")
+def test_real_rows_with_a_model_that_has_no_weights_yet(tmp_path):
+    tiny.model(tmp_path / "model", "qwen2", weights=False)
+    options = dict(
+        model=tmp_path / "model", dataset=REAL_ROWS, output_dir=tmp_path / "run", max_steps=2, batch_size=8
+    )
+    done = run("spo.py", options | dict(max_length=400, eval_split=""))
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = next(line for line in done.stdout.splitlines() if "train_prefs.parquet" in line)
+    counts = [
+        int(part.split()[0])
+        for part in line.split(": ", 2)[2].split(", ")
+        if "kept" in part or "dropped" in part
+    ]
+    assert "900 rows" in line and sum(counts) == 900
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == "qwen2"
+
+
+def refused(script, options, capsys, monkeypatch):
+    """The one line that a script says when it refuses to run."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *[f"--{k}={v}" for k, v in options.items()]])
+    with pytest.raises(SystemExit) as end:
+        script.main(common.parse_args(script.Args))
+    assert end.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_errors_of_use_are_one_line(world, tmp_path, capsys, monkeypatch):
+    def error(script=dpo, **others):
+        return refused(script, settings(world, tmp_path / "out", **others), capsys, monkeypatch)
+
+    def folder_with(name, rows):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train_prefs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return dict(dataset=tmp_path / name, eval_split="", batch_size=1)
+
+    assert "--betaa" in error(betaa=1)
+    assert "--beta" in error(beta=0) and "--label_smoothing" in error(label_smoothing=0.5)
+    assert "--alpha" in error(spo, alpha=-1) and "--batch_size" in error(batch_size=0)
+    assert "float" in error(beta="much")
+    assert "nowhere" in error(model=tmp_path / "nowhere")
+    assert "nowhere.jsonl" in error(dataset=tmp_path / "nowhere.jsonl")
+    assert "train_missing" in error(train_split="train_missing")
+    assert "chosen and rejected" in error(**folder_with("columns", [{"prompt": "a", "completion": "b"}]))
+    row = {"chosen": [tiny.turn("user", "a"), tiny.turn("assistant", "b")]}
+    row["rejected"] = [tiny.turn("user", "a"), tiny.turn("assistant", 5)]
+    message = error(**folder_with("content", [row]))
+    assert "train_prefs.jsonl" in message and "row 0" in message and "5" in message
+    assert "tensorboardX" in error(report_to="tensorboardX")
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_pickled_weights_are_refused(world, tmp_path, capsys, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(f"{world}/llama")
+    model.config.save_pretrained(tmp_path / "pickled")
+    AutoTokenizer.from_pretrained(f"{world}/llama").save_pretrained(tmp_path / "pickled")
+    torch.save(model.state_dict(), tmp_path / "pickled/pytorch_model.bin")
+    message = refused(dpo, settings(world, tmp_path / "out", model=tmp_path / "pickled"), capsys, monkeypatch)
+    assert "pytorch_model.bin" in message and "safetensors" in message
+
+
+def test_another_run_is_never_overwritten(world, uninterrupted, capsys, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    assert "in use" in refused(spo, settings(world, uninterrupted), capsys, monkeypatch)
+    message = refused(spo, settings(world, uninterrupted, resume=True, beta=0.3), capsys, monkeypatch)
+    assert "beta 0.1, not 0.3" in message
+    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+
+
+def test_other_rows_are_not_resumed_on(world, tmp_path, capsys, monkeypatch):
+    tiny.pairs(tmp_path / "rows.jsonl", 64, seed=5)
+    args = settings(world, tmp_path / "run", dataset=tmp_path / "rows.jsonl")
+    dpo.main(dpo.Args(**args | dict(dataset=str(args["dataset"]))))
+    tiny.pairs(tmp_path / "rows.jsonl", 64, seed=6)
+    assert "training rows" in refused(dpo, args | dict(resume=True, num_train_epochs=2), capsys, monkeypatch)
+
+
+def test_without_a_network_the_hub_is_named_within_seconds(tmp_path):
+    """A closed local port stands for the hub, so that the test needs no network and cannot reach one."""
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    started = time.monotonic()
+    done = run("dpo.py", {"output_dir": tmp_path / "run"}, env=environment)
+    assert done.returncode == 2 and time.monotonic() - started < 60
+    assert done.stderr.count("error:") == 1 and "Qwen/Qwen2.5-7B-Instruct" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_fault_on_one_process_ends_all(world, tmp_path):
+    done = run("dpo.py", settings(world, tmp_path / "out", dataset=tmp_path / "nowhere.csv"), 2, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("error:") - done.stderr.count("error: ") <= 0
+    assert sum(line.startswith("error: --dataset") for line in done.stderr.splitlines()) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(world, tmp_path):
+    """With beta 100, SPO overflows float32 once a margin of log-ratios is below -0.84 nats."""
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as end:
+        spo.main(spo.Args(**settings(world, out, beta=100, alpha=0.0, learning_rate=1e-2)))
+    message = str(end.value)
+    step = int(message.removeprefix("stopped in step ").split(",")[0])
+    assert step > 1 and "not finite in training rows [" in message
+    assert [line["step"] for line in metrics(out)] == list(range(1, step))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{step - 1:06d}"]
+    weights = load_file(next(out.glob("checkpoints/*/*.safetensors")))
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_recipes(tmp_path, capsys, monkeypatch):
+    def parse(script, text, *arguments):
+        (tmp_path / "recipe.yaml").write_text(text)
+        argv = [f"{script.__name__}.py", *arguments, "--config", str(tmp_path / "recipe.yaml")]
+        monkeypatch.setattr(sys, "argv", argv)
+        return common.parse_args(script.Args)
+
+    text = "batch_size: 8\nalpha: 0.3\nlabel_smoothing: null\nresume: true\n"
+    text += "spo:\n  learning_rate: 5e-6\ndpo: {beta: 2}"
+    args = parse(spo, text)
+    assert (args.batch_size, args.alpha, args.learning_rate, args.beta, args.resume) == (
+        8,
+        0.3,
+        5e-6,
+        0.1,
+        True,
+    )
+    assert parse(dpo, text).beta == 2 and parse(sft, text).learning_rate == 2e-5
+    assert parse(spo, text, "--batch_size", "4").batch_size == 4  # the command line wins, wherever it stands
+    for wrong in ("batch_sise: 8", "spo: {gamma: 1}", "spo: {batch_size: many}", "- 1", "a: b: c"):
+        with pytest.raises(SystemExit):
+            parse(spo, wrong)
+        assert capsys.readouterr().err.startswith("error:")
+
+
+def test_config_yaml_holds_every_setting_but_resume(uninterrupted):
+    saved = yaml.safe_load((uninterrupted / "config.yaml").read_text())
+    assert saved.keys() == vars(spo.Args()).keys() - {"resume"}
+
+
+def test_tensorboard_gets_the_metrics(world, tmp_path):
+    pytest.importorskip("tensorboard")
+    dpo.main(dpo.Args(**settings(world, tmp_path / "run", max_steps=2, report_to="tensorboard")))
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))

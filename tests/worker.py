@@ -1,0 +1,65 @@
+"""What tests/test_processes.py starts under torchrun: python worker.py WORLD OUT
+
+Runs scripts from the folder WORLD by their own `main`, and keeps in OUT, besides what a run writes, the first
+step's gradients and what every process computed.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+import common
+import dpo
+import ipo
+import sft
+import spo
+
+SHARED = dict(batch_size=16, max_grad_norm=1e9, warmup_ratio=0.0, eval_every=0, save_every=0, seed=3)
+CASES = {
+    "gradients": (dpo, dict(model="qwen2", beta=0.5, max_steps=1, tokens_per_micro_batch=90)),
+    "gradients-large-budget": (dpo, dict(model="qwen2", beta=0.5, max_steps=1, tokens_per_micro_batch=4000)),
+    "dpo": (dpo, dict(model="llama", learning_rate=3e-4, tokens_per_micro_batch=150, eval_every=10)),
+    "ipo": (ipo, dict(model="llama", learning_rate=3e-4, max_steps=3, tokens_per_micro_batch=150)),
+    "spo": (spo, dict(model="llama", learning_rate=3e-4, max_steps=3, tokens_per_micro_batch=150)),
+    "sft": (sft, dict(model="llama", learning_rate=3e-4, tokens_per_micro_batch=150)),
+}
+
+
+class Recorder(torch.optim.AdamW):
+    """AdamW that keeps the gradients of the first step."""
+
+    def step(self):
+        if not self.state:
+            parameters = self.param_groups[0]["params"]
+            Recorder.gradients = {str(i): p.grad.full_tensor().cpu() for i, p in enumerate(parameters)}
+            Recorder.shard_size = sum(p.to_local().numel() for p in parameters)
+        super().step()
+
+
+def main(world, out):
+    dist.init_process_group("gloo")
+    common.finish = lambda: None  # one world for all cases
+    torch.optim.AdamW = Recorder
+    pack, packed = common.pack, []
+    common.pack = lambda split, rows, *rest: (
+        packed.append(int(split.tokens[rows].sum())) or pack(split, rows, *rest)
+    )
+    for name, (script, settings) in CASES.items():
+        packed.clear()
+        settings = SHARED | settings | dict(dataset=f"{world}/data", output_dir=f"{out}/{name}")
+        script.main(script.Args(**settings | dict(model=f"{world}/{settings['model']}")))
+        seen = dict(packed=packed, shard_size=Recorder.shard_size)
+        Path(f"{out}/{name}/process-{dist.get_rank()}.json").write_text(json.dumps(seen))
+        if dist.get_rank() == 0:
+            save_file(Recorder.gradients, f"{out}/{name}/gradients.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
