@@ -9,6 +9,8 @@ import ast
 import contextlib
 import dataclasses
 import datetime
+import functools
+import glob
 import hashlib
 import heapq
 import importlib.util
@@ -45,9 +47,30 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 torch.set_flush_denormal(True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are tokenized by parallel processes instead
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it complains of is raised, too
 
 HERE = Path(__file__).resolve().parent
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+# In CSV files text stays text, also where it looks like a number or says "None".
+AS_TEXT = dict(
+    keep_default_na=False, converters=dict.fromkeys(("prompt", "chosen", "rejected", "completion"), str)
+)
+READERS = {
+    ".parquet": ("parquet", {}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", AS_TEXT),
+}
+FEATURES = datasets.Features(
+    prompt=datasets.List(datasets.Value("int32")),  # token ids
+    responses=datasets.List(datasets.List(datasets.Value("int32"))),  # two in a pair, else one
+    scored=datasets.List(datasets.List(datasets.Value("bool"))),  # a mask over each response
+    lengths=datasets.List(datasets.Value("int64")),  # scored tokens of each response
+    label=datasets.Value("bool"),  # of a labelled row
+    tokens=datasets.Value("int64"),  # what has to be computed: the prompt once, and the responses
+    digest=datasets.Value("string"),  # a hash of all of the above
+    dropped=datasets.Value("string"),  # why the row is not used, if so
+    notes=datasets.List(datasets.Value("string")),
+)
 # What `--resume` lets change: how long the run is, how it is computed and reported, but not what it computes.
 MAY_CHANGE = """output_dir num_train_epochs max_steps tokens_per_micro_batch gradient_checkpointing
     eval_every save_every keep_checkpoints export_every report_to""".split()
@@ -233,9 +256,9 @@ class Split:
     """Tokenized rows. A row is a prompt and its responses: two in a pair, one in a labelled row or a chat."""
 
     def __init__(self, rows):
-        self.rows = rows  # prompt: ids; responses: ids of each; scored: a mask over each; label: bool
-        self.tokens = np.array(rows["tokens"][:])  # (rows,) tokens to compute
-        self.lengths = torch.tensor(rows["lengths"][:])  # (rows, responses) scored tokens
+        self.rows = rows  # columns as in FEATURES
+        self.tokens = np.array(rows["tokens"][:])  # (rows,)
+        self.lengths = torch.tensor(rows["lengths"][:])  # (rows, responses)
         self.fingerprint = hashlib.sha256("".join(rows["digest"][:]).encode()).hexdigest()
         self.ref = None  # (rows, responses) float32 log-probs, from add_reference
 
@@ -285,11 +308,12 @@ def read_split(args, name, encode, layouts, tokenizer):
     source = path if path.is_file() else f"{args.dataset} {name}"
     try:
         if path.is_file():
-            raw = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+            reader, options = READERS[path.suffix]
+            raw = datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train", **options)
         else:  # one short request first, as load_dataset itself tries for half a minute to reach the hub
             huggingface_hub.snapshot_download(args.dataset, repo_type="dataset", allow_patterns="README.md")
             raw = datasets.load_dataset(args.dataset, split=name)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
         fail(f"--dataset {source}: cannot be read: {brief(error.__cause__ or error)}")
     if not any(layout <= set(raw.column_names) for layout in layouts):
         needed = ", or ".join(" and ".join(sorted(layout)) for layout in layouts)
@@ -300,7 +324,8 @@ def read_split(args, name, encode, layouts, tokenizer):
 def tokenize(raw, source, encode, tokenizer, max_length):
     """Rows to a Split, by parallel processes, and once: `datasets` keeps it by a hash of all that went in."""
     state = [raw._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
-    state += [tokenizer.eos_token_id, encode.__name__, max_length, Path(__file__).read_text()]
+    state += [tokenizer.special_tokens_map, encode.__name__, max_length, Path(__file__).read_text()]
+    processes = min(os.cpu_count(), 32, len(raw) // 500)
     try:
         rows = raw.map(
             encode_rows,
@@ -308,7 +333,8 @@ def tokenize(raw, source, encode, tokenizer, max_length):
             with_indices=True,
             remove_columns=raw.column_names,
             fn_kwargs=dict(encode=encode, tokenizer=tokenizer, max_length=max_length),
-            num_proc=min(os.cpu_count(), 32, len(raw) // 500) or None,
+            features=FEATURES,
+            num_proc=processes if processes > 1 else None,
             new_fingerprint=hashlib.sha256(repr(state).encode()).hexdigest()[:32],
             desc="tokenize",
         )
@@ -363,7 +389,7 @@ def encode_pair(row, tokenizer):
 
 def encode_unpaired(row, tokenizer):
     """One example with one response and its label; a pair gives two."""
-    labels = {"completion": row["label"]} if "label" in row else {"chosen": True, "rejected": False}
+    labels = {"completion": row["label"]} if "completion" in row else {"chosen": True, "rejected": False}
     if not all(isinstance(label, bool) for label in labels.values()):
         raise ValueError(f"label must be true or false, not {row['label']!r}")
     examples = []
@@ -378,6 +404,8 @@ def encode_chat(row, tokenizer):
     if "messages" in row:
         messages = in_turns(messages_of(row["messages"], "user", "messages"), "messages")
         last = max([place for place, turn in enumerate(messages) if turn["role"] == "assistant"], default=0)
+        if not last:
+            return [dict(prompt=[], responses=[[]], scored=[[]], empty=False, merged=False)]
         prompt, completion = messages[:last], messages[last : last + 1]  # no later question: it has no answer
     else:
         prompt, completion = split_turns(row, "completion")
@@ -386,13 +414,14 @@ def encode_chat(row, tokenizer):
         return [example]
     ids = example["prompt"] + example["responses"][0]
     mask = [False] * len(example["prompt"]) + example["scored"][0]
+    ends_turns = to_ids(prompt + completion, tokenizer)[: len(ids)] == ids
     for place in [place for place, turn in enumerate(prompt) if turn["role"] == "assistant"]:
         start = common_prefix(ids, to_ids(prompt[:place], tokenizer, header=True))
-        # The turn goes to its end token. Where a template writes none, it goes to where the chat up to this
-        # turn parts from the whole one: no sign where a template writes the last turn in a form of its own.
-        end = ids.index(ids[-1], start) + 1
-        parting = common_prefix(ids, end_once(to_ids(prompt[: place + 1], tokenizer), tokenizer))
-        end = min(end, parting) if parting > start else end
+        end = ids.index(ids[-1], start) + 1  # the turn's end token
+        if (
+            not ends_turns
+        ):  # the template writes none: the turn ends where the chat so far parts from the whole
+            end = common_prefix(ids, to_ids(prompt[: place + 1], tokenizer))
         mask[start:end] = [True] * (end - start)
     first = mask.index(True) if any(mask) else len(ids)
     return [example | dict(prompt=ids[:first], responses=[ids[first:]], scored=[mask[first:]])]
@@ -403,6 +432,10 @@ def encode_responses(prompt, completions, tokenizer):
     prefix of tokens that all share: no token straddles the boundary, and both sides have the same prompt."""
     prompt_ids = to_ids(prompt, tokenizer, header=True)
     texts = [end_once(to_ids(prompt + completion, tokenizer), tokenizer) for completion in completions]
+    if isinstance(prompt, str) and prompt_ids[-1:] == [
+        tokenizer.eos_token_id
+    ]:  # the tokenizer's own addition
+        prompt_ids.pop()
     size = min(common_prefix(prompt_ids, ids) for ids in texts)
     answers = [answer if isinstance(answer, str) else answer[0]["content"] for answer in completions]
     return dict(
@@ -420,7 +453,7 @@ def split_turns(row, column):
     if isinstance(value, str) and isinstance(prompt, str):
         return prompt, value
     turns = messages_of(value, "assistant", column)
-    if turns[0].get("role") == "assistant":  # the completion alone
+    if turns[0]["role"] == "assistant":  # the completion alone
         turns = messages_of(prompt, "user", "prompt") + turns
     if in_turns(turns, column)[-1]["role"] != "assistant":
         raise ValueError(f"{column} must end with a turn of the assistant, not of the {turns[-1]['role']}")
@@ -436,12 +469,12 @@ def messages_of(value, role, column):
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f"{column} has a message whose content is no string: {message!r:.99}")
-    return value
+    return [{"role": message.get("role"), "content": message["content"]} for message in value]
 
 
 def in_turns(messages, column):
     """The messages. Raises ValueError unless user and assistant take turns, behind a system turn or none."""
-    roles = [message.get("role") for message in messages]
+    roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns or any(role != ("user", "assistant")[place % 2] for place, role in enumerate(turns)):
         raise ValueError(f"{column} must have user and assistant by turns, not {', '.join(map(str, roles))}")
@@ -452,27 +485,40 @@ def to_ids(text, tokenizer, header=False):
     """Token ids of messages as the chat template writes them (`header`: with the start of the assistant's
     turn), or of plain text, with the special tokens that the tokenizer puts around it."""
     if isinstance(text, str):
-        return tokenizer(text)["input_ids"]
+        begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        return tokenizer(text, add_special_tokens=not begun)["input_ids"]
     if tokenizer.chat_template is None:
         raise ValueError("messages need a chat template, and this model's tokenizer has none")
+    if text[0]["role"] == "system" and not takes_system(tokenizer):
+        user = {"role": "user", "content": f"{text[0]['content']}\n\n{text[1]['content']}"}
+        text = [user, *text[2:]]
     try:
         rendered = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=header)
     except Exception as error:  # a template may raise anything
-        if text[0]["role"] != "system" or len(text) == 1:
-            raise ValueError(f"the chat template refuses the messages: {error}") from None
-        # Gemma's and older Mistral templates know no system turn.
-        user = {"role": "user", "content": f"{text[0]['content']}\n\n{text[1]['content']}"}
-        return to_ids([user, *text[2:]], tokenizer, header)
+        raise ValueError(f"the chat template refuses the messages: {error}") from None
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+@functools.cache
+def takes_system(tokenizer):
+    """False where the chat template refuses a system turn (Gemma) or moves it about (Mistral)."""
+    chat = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    try:
+        prompt = tokenizer.apply_chat_template(chat[:2], tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(chat, tokenize=False).startswith(prompt)
+    except Exception:
+        return False
 
 
 def end_once(ids, tokenizer):
     """The template's end token stays and white space behind it goes; text without an end token gets one."""
     end = len(ids)
-    while end and tokenizer.decode(ids[end - 1 : end]).isspace():
+    while end and not tokenizer.decode(ids[end - 1 : end]).strip():
         end -= 1
     last = ids[end - 1 : end]
-    special = tokenizer.decode(last) != "" and tokenizer.decode(last, skip_special_tokens=True) == ""
+    special = last and tokenizer.decode(last, skip_special_tokens=True) == ""
+    if not special and tokenizer.eos_token_id is None:
+        raise ValueError("this model's tokenizer has no end token")
     return ids[:end] if special else ids + [tokenizer.eos_token_id]
 
 
