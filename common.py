@@ -50,16 +50,8 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it complains of is raised, too
 
 HERE = Path(__file__).resolve().parent
-# In CSV files text stays text, also where it looks like a number or says "None".
-AS_TEXT = dict(
-    keep_default_na=False, converters=dict.fromkeys(("prompt", "chosen", "rejected", "completion"), str)
-)
-READERS = {
-    ".parquet": ("parquet", {}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", AS_TEXT),
-}
+READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+TEXT_COLUMNS = ["prompt", "chosen", "rejected", "completion"]
 FEATURES = datasets.Features(
     prompt=datasets.List(datasets.Value("int32")),  # token ids
     responses=datasets.List(datasets.List(datasets.Value("int32"))),  # two in a pair, else one
@@ -167,7 +159,7 @@ def rank_zero_first():
 
 
 def check_settings(args):
-    """What must hold in every script; and the output folder is empty, or `--resume` finds its own run there."""
+    """What must hold in every script. The output folder is empty, or `--resume` finds its own run in it."""
     for name in ("batch_size", "tokens_per_micro_batch", "max_length", "max_grad_norm", "keep_checkpoints"):
         if getattr(args, name) <= 0:
             fail(f"--{name} must be above 0, not {getattr(args, name)}")
@@ -178,11 +170,9 @@ def check_settings(args):
         if not args.resume or not saved.is_file():
             fail(f"--output_dir {folder} is in use: choose another, or go on with the run in it by --resume")
         before = yaml.safe_load(saved.read_text())
-        for name in dataclasses.asdict(args).keys() - {"resume", *MAY_CHANGE}:
-            if getattr(args, name) != before.get(name):
-                fail(
-                    f"--resume: the run in {folder} has {name} {before.get(name)}, not {getattr(args, name)}"
-                )
+        for name, value in dataclasses.asdict(args).items():
+            if name not in ("resume", *MAY_CHANGE) and value != before.get(name):
+                fail(f"--resume: the run in {folder} has {name} {before.get(name)}, not {value}")
 
 
 class Run:
@@ -308,8 +298,10 @@ def read_split(args, name, encode, layouts, tokenizer):
     source = path if path.is_file() else f"{args.dataset} {name}"
     try:
         if path.is_file():
-            reader, options = READERS[path.suffix]
-            raw = datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train", **options)
+            how = dict(data_files=glob.escape(str(path)), split="train")
+            if path.suffix == ".csv":  # text stays text, also where it looks like a number or says "None"
+                how |= dict(keep_default_na=False, converters=dict.fromkeys(TEXT_COLUMNS, str))
+            raw = datasets.load_dataset(READERS[path.suffix], **how)
         else:  # one short request first, as load_dataset itself tries for half a minute to reach the hub
             huggingface_hub.snapshot_download(args.dataset, repo_type="dataset", allow_patterns="README.md")
             raw = datasets.load_dataset(args.dataset, split=name)
@@ -363,11 +355,9 @@ def encode_rows(batch, indices, encode, tokenizer, max_length):
 def fit(prompt, responses, scored, empty, merged, max_length, label=True):
     """An example cut to max_length tokens, its prompt included, and the reason to drop it if there is one."""
     room = max(0, max_length - len(prompt))
-    notes = {
-        "cut to max_length": max(map(len, responses)) > room,
-        "with a prompt that ends in mid-token": merged,
-    }
-    notes["with identical answers"] = len(responses) == 2 and responses[0] == responses[1]
+    identical = len(responses) == 2 and responses[0] == responses[1]
+    notes = {"with identical answers": identical, "with a prompt that ends in mid-token": merged}
+    notes["cut to max_length"] = max(map(len, responses)) > room
     responses, scored = [ids[:room] for ids in responses], [mask[:room] for mask in scored]
     lengths = [sum(mask) for mask in scored]
     reasons = {"dropped (the prompt fills max_length)": not room, "dropped (an empty answer)": empty}
@@ -392,11 +382,8 @@ def encode_unpaired(row, tokenizer):
     labels = {"completion": row["label"]} if "completion" in row else {"chosen": True, "rejected": False}
     if not all(isinstance(label, bool) for label in labels.values()):
         raise ValueError(f"label must be true or false, not {row['label']!r}")
-    examples = []
-    for column, label in labels.items():
-        prompt, completion = split_turns(row, column)
-        examples.append(encode_responses(prompt, [completion], tokenizer) | dict(label=label))
-    return examples
+    turns = [(label, *split_turns(row, column)) for column, label in labels.items()]
+    return [encode_responses(x, [y], tokenizer) | {"label": label} for label, x, y in turns]
 
 
 def encode_chat(row, tokenizer):
@@ -414,13 +401,12 @@ def encode_chat(row, tokenizer):
         return [example]
     ids = example["prompt"] + example["responses"][0]
     mask = [False] * len(example["prompt"]) + example["scored"][0]
-    ends_turns = to_ids(prompt + completion, tokenizer)[: len(ids)] == ids
+    ends_turns = to_ids(prompt + completion, tokenizer)[: len(ids)] == ids  # the template writes end tokens
     for place in [place for place, turn in enumerate(prompt) if turn["role"] == "assistant"]:
         start = common_prefix(ids, to_ids(prompt[:place], tokenizer, header=True))
-        end = ids.index(ids[-1], start) + 1  # the turn's end token
-        if (
-            not ends_turns
-        ):  # the template writes none: the turn ends where the chat so far parts from the whole
+        if ends_turns:
+            end = ids.index(ids[-1], start) + 1
+        else:  # the turn goes to where the chat up to here parts from the whole
             end = common_prefix(ids, to_ids(prompt[: place + 1], tokenizer))
         mask[start:end] = [True] * (end - start)
     first = mask.index(True) if any(mask) else len(ids)
@@ -432,10 +418,8 @@ def encode_responses(prompt, completions, tokenizer):
     prefix of tokens that all share: no token straddles the boundary, and both sides have the same prompt."""
     prompt_ids = to_ids(prompt, tokenizer, header=True)
     texts = [end_once(to_ids(prompt + completion, tokenizer), tokenizer) for completion in completions]
-    if isinstance(prompt, str) and prompt_ids[-1:] == [
-        tokenizer.eos_token_id
-    ]:  # the tokenizer's own addition
-        prompt_ids.pop()
+    if isinstance(prompt, str) and prompt_ids[-1:] == [tokenizer.eos_token_id]:
+        prompt_ids.pop()  # the tokenizer's own addition
     size = min(common_prefix(prompt_ids, ids) for ids in texts)
     answers = [answer if isinstance(answer, str) else answer[0]["content"] for answer in completions]
     return dict(
@@ -588,6 +572,8 @@ class Batch:
     lengths: Tensor  # (R,) scored tokens of each response
     ref_sums: Tensor | None  # (R,) the reference's log-probs
     step_tokens: int  # scored tokens of the whole step, on all processes
+    logps: Tensor | None = None  # (R,) the policy's, once they are computed
+    entropies: Tensor | None = None  # (R,) summed over the scored tokens, where asked for
 
     @property
     def ref(self):
@@ -613,8 +599,7 @@ def pack(split, rows, step_tokens, device):
             heads.append(np.append(prompt[-1], own[:-1])[mask])
             targets.append(np.array(response)[mask])
             owners.append(np.full(sum(mask), len(owners)))
-    starts = [[0, *np.cumsum(lengths)] for lengths in (query_lengths, key_lengths)]
-    starts = [torch.tensor(sums, dtype=torch.int32, device=device) for sums in starts]
+    starts = [F.pad(torch.tensor(x).cumsum(0), (1, 0)).int().to(device) for x in (query_lengths, key_lengths)]
     arrays = (ids, positions, keys, heads, targets, owners)
     arrays = [torch.from_numpy(np.concatenate(parts)).to(device) for parts in arrays]
     ids, positions, keys, heads, targets, owners = arrays
@@ -624,12 +609,10 @@ def pack(split, rows, step_tokens, device):
     return Batch(rows, ids[None], positions[None], *places, lengths, ref_sums, step_tokens)
 
 
-def packed_attention(
-    module, query, key, value, mask, scaling=None, sliding_window=None, softcap=None, **kwargs
-):
-    """Causal attention by segment for transformers' AttentionInterface: responses see prompt and self.
+def packed_attention(module, query, key, value, mask, scaling, batch, **options):
+    """Causal attention by segment, as transformers calls it: a response sees its prompt and itself.
     query (1, heads, T, d), key and value (1, kv_heads, T, d) -> (1, T, heads, d), None."""
-    batch = kwargs["batch"]
+    sliding_window, softcap = options.get("sliding_window"), options.get("softcap")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
     key, value = key[batch.keys], value[batch.keys]  # the prompt's keys again for each response
     if query.is_cuda and softcap is None:
@@ -641,8 +624,8 @@ def packed_attention(
         out = varlen_attn(query, key, value, *batch.starts, *longest, scale=scaling, window_size=window)
     else:
         parts = query.split(batch.query_lengths), key.split(batch.key_lengths), value.split(batch.key_lengths)
-        how = scaling, sliding_window, softcap
-        out = torch.cat([segment_attention(*segment, *how) for segment in zip(*parts, strict=True)])
+        segments = zip(*parts, strict=True)
+        out = torch.cat([segment_attention(*qkv, scaling, sliding_window, softcap) for qkv in segments])
     return out[None], None
 
 
@@ -721,17 +704,16 @@ def read_weights(folder, args):
 
 def refuse_unsupported(model, name):
     """Ends the run for an architecture that would be computed wrongly here."""
-    known_layers = {"full_attention", "sliding_attention"}
-    other_layers = set(getattr(model.config, "layer_types", None) or ()) - known_layers
+    layers = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     scalings = {"logit_scale", "logits_scaling", "lm_head_multiplier"} & model.config.to_dict().keys()
     reasons = {
         "its attention cannot be replaced": not model._supports_attention_backend,
-        f"it has layers of {', '.join(other_layers)}": other_layers,
+        f"it has layers of {', '.join(layers)}": layers,
         "it has attention sinks": any("sinks" in parameter for parameter, _ in model.named_parameters()),
         f"its logits are scaled ({', '.join(scalings)})": scalings,
         "its head has a bias": model.get_output_embeddings().bias is not None,
     }
-    for reason in [reason for reason, holds in reasons.items() if holds]:
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
         fail(f"--model {name}: {type(model).__name__} cannot be trained here: {reason}")
 
 
@@ -822,21 +804,23 @@ def as_pairs(sums, lengths):
     return PairLogps(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2])
 
 
-def pair_logps(model, batch):
-    """The policy's PairLogps, with a gradient where gradients are on."""
-    return as_pairs(model(batch)[0], batch.lengths)
+def response_logps(model, batch, entropy=False):
+    """The policy's log-probs (R,), with a gradient where gradients are on. The batch keeps them to report."""
+    logps, batch.entropies = model(batch, entropy)
+    batch.logps = logps.detach()
+    return logps
 
 
-def pair_logps_and_entropies(model, batch):
-    """The PairLogps, and each response's summed token entropies (2B,), chosen and rejected by turns, nats."""
-    sums, entropies = model(batch, entropy=True)
-    return as_pairs(sums, batch.lengths), entropies
+def pair_logps(model, batch, entropy=False):
+    """The same for a batch of pairs, as PairLogps."""
+    return as_pairs(response_logps(model, batch, entropy), batch.lengths)
 
 
 def add_reference(model, train, held_out, args, run):
     """Gives the splits the log-probs of the policy as it is now, before its first step. The policy's own code
     computes them once; a file beside `output_dir` keeps them for all runs from the same model and rows."""
-    start = start_fingerprint(args)
+    start = [start_fingerprint(args) if run.rank == 0 else None]
+    dist.broadcast_object_list(start)
     for split in filter(None, (train, held_out)):
         key = repr([start, split.fingerprint, run.compute_dtype, run.device.type, "packed"])
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -872,25 +856,17 @@ def start_fingerprint(args):
 
 
 def print_summary(model, train, last_step, args, run):
-    """What is about to run, and by formula what memory a process needs at its peak."""
+    """What is about to run, and by formula the memory that a process needs for it."""
     config, tokens = model.config, max(args.tokens_per_micro_batch, train.tokens.max())
+    hidden, vocabulary, dtype = config.hidden_size, config.vocab_size, run.compute_dtype
+    layer = 25 * hidden + 8 * getattr(config, "intermediate_size", 4 * hidden)  # bytes a token, in bfloat16
+    layers = config.num_hidden_layers * (2 * hidden if args.gradient_checkpointing else layer)
+    work = (tokens * (layers + layer + 1.4 * vocabulary) + 6 * vocabulary * hidden) * dtype.itemsize / 2
     size = sum(parameter.numel() for parameter in model.parameters())
-    layer = 25 * config.hidden_size + 8 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-    kept = 2 * config.hidden_size if args.gradient_checkpointing else layer  # bytes a token, in bfloat16
-    work = tokens * (config.num_hidden_layers * kept + layer + 1.4 * config.vocab_size)
-    work += (
-        6 * config.vocab_size * config.hidden_size
-    )  # embedding and head, gathered, and the head's gradient
-    work *= run.compute_dtype.itemsize / 2
-    where = f"{run.world_size} x {run.device.type}, {str(run.compute_dtype).removeprefix('torch.')}"
-    print0(
-        f"{size:,} parameters in float32, computing on {where}; {last_step} steps of {args.batch_size} rows"
-    )
-    print0(f"rows have {train.tokens.mean():.0f} tokens on average; a micro-batch up to {tokens}")
     states = 16 * size / run.world_size  # weights, gradients and AdamW's moments
-    print0(
-        f"memory of a process: {states / 1e9:.2f} GB to hold the states, about {work / 1e9:.2f} GB to compute"
-    )
+    print0(f"{last_step} steps of {args.batch_size} rows, of {train.tokens.mean():.0f} tokens on average")
+    print0(f"{size:,} parameters in float32, computing in {dtype} on {run.world_size} x {run.device.type}")
+    print0(f"memory of each: {states / 1e9:.2f} GB of states, about {work / 1e9:.2f} GB for {tokens} tokens")
 
 
 class Metrics:
@@ -900,51 +876,31 @@ class Metrics:
     def __init__(self, run):
         self.run, self.sums, self.seen, self.started = run, {}, [], time.perf_counter()
 
-    def add(self, name, values, count=None):
-        """Values (n,) of one metric; `count` takes the place of n."""
-        sums = torch.stack([values.detach().double().sum(), values.new_tensor(count or len(values)).double()])
-        self.sums[name] = self.sums.get(name, 0) + sums
-
-    def add_pairs(self, batch, losses, policy, chosen_rewards, rejected_rewards, entropies=None):
-        """The metrics of a batch of pairs, under TRL's names. losses and rewards (B,), entropies (2B,)."""
-        self.add("loss", losses)
-        self.add("rewards/chosen", chosen_rewards)
-        self.add("rewards/rejected", rejected_rewards)
-        self.add("rewards/margins", chosen_rewards - rejected_rewards)
-        self.add("rewards/accuracies", (chosen_rewards > rejected_rewards).double())
-        for side in ("chosen", "rejected"):
-            logps, lengths = getattr(policy, side), getattr(policy, f"{side}_lengths")
-            self.add(f"logps/{side}", logps)
-            self.add(f"logps/{side}_mean", logps / lengths)
-            if batch.ref:
-                self.add(f"logratios/{side}", logps - getattr(batch.ref, side))
-        self.add_rows(batch, losses, torch.stack([policy.chosen, policy.rejected], 1).flatten(), entropies)
-
-    def add_chats(self, batch, logps, entropies=None):
-        """The metrics of a batch of chats. logps and entropies (B,)."""
-        self.add("loss", -logps, int(batch.lengths.sum()))
-        self.add_rows(batch, -logps, logps, entropies)
-
-    def add_rows(self, batch, losses, logps, entropies):
-        """Keeps each row's loss (B,), log-probs (R,) and entropies (R,), for the checks and save_rows."""
-        if entropies is not None:
-            self.add("entropy", entropies, int(batch.lengths.sum()))
-        self.seen.append((batch, losses.detach(), logps.detach(), entropies))
+    def add(self, batch, values):
+        """A batch's values: {name: (n,)}, or {name: ((n,), (n,))} for a sum over a sum. One is the "loss"."""
+        if batch.entropies is not None:
+            values["entropy"] = batch.entropies, batch.lengths
+        for name, value in values.items():
+            value, count = value if isinstance(value, tuple) else (value, torch.ones_like(value))
+            sums = torch.stack([value.detach().double().sum(), count.double().sum()])
+            self.sums[name] = self.sums.get(name, 0) + sums
+            if name == "loss":
+                self.seen.append((batch, value.detach()))
 
     def mean(self, prefix=""):
-        """{metric: mean over all processes}, and the tokens per second that all of them computed together."""
-        tokens = self.seen[0][1].new_tensor([sum(batch.ids.numel() for batch, *_ in self.seen)])
-        self.add("tokens_per_second", tokens, (time.perf_counter() - self.started) / self.run.world_size)
-        totals = torch.stack(list(self.sums.values()))  # (metrics, 2)
+        """{name: mean over all processes}, and the tokens per second that all of them computed together."""
+        seconds = (time.perf_counter() - self.started) / self.run.world_size
+        speed = torch.tensor([sum(batch.ids.numel() for batch, _ in self.seen), seconds]).double()
+        totals = torch.stack([*self.sums.values(), speed.to(self.run.device)])  # (names, 2)
         dist.all_reduce(totals)
         means = (totals[:, 0] / totals[:, 1]).tolist()
-        return {prefix + name: mean for name, mean in zip(self.sums, means, strict=True)}
+        return dict(zip((prefix + name for name in [*self.sums, "tokens_per_second"]), means, strict=True))
 
     def save_rows(self, split, step):
         """The values of each row of an evaluation, as eval/step-<step>.safetensors."""
         table = torch.zeros(2, *split.lengths.shape, device=self.run.device)
-        for batch, _, logps, entropies in self.seen:
-            table[:, batch.rows] = torch.stack([logps, entropies]).view(2, len(batch.rows), -1)
+        for batch, _ in self.seen:
+            table[:, batch.rows] = torch.stack([batch.logps, batch.entropies]).view(2, len(batch.rows), -1)
         dist.all_reduce(table)  # each row was one process's
         if self.run.rank == 0:
             values = dict(policy=table[0].cpu(), entropy=table[1].cpu(), lengths=split.lengths)
@@ -957,32 +913,28 @@ class Metrics:
 def check_reference(metrics, run):
     """Before the first update the policy is the reference. Reports the largest log-ratio per token, which
     nothing but rounding in other company should make, and warns where there is more."""
-    drift = max(((logps - batch.ref_sums) / batch.lengths).abs().max() for batch, _, logps, _ in metrics.seen)
+    drift = max(((batch.logps - batch.ref_sums) / batch.lengths).abs().max() for batch, _ in metrics.seen)
     dist.all_reduce(drift, dist.ReduceOp.MAX)
     limit = 1e-2 if run.compute_dtype == torch.bfloat16 else 1e-5
-    print0(f"policy against reference at step 0: log-ratios up to {drift:.1e} nats a token")
-    if drift > limit:
-        print0(f"WARNING: more than {limit}, so policy and reference do not compute the same")
+    warning = f" WARNING: above {limit}, so these do not compute the same" if drift > limit else ""
+    print0(f"policy against reference at step 0: log-ratios up to {drift:.1e} nats a token{warning}")
 
 
 def stop_unless_finite(grad_norm, metrics, step):
     """Ends the run before an update that would spoil the weights; the last checkpoint stays as it is."""
     if math.isfinite(grad_norm):
         return
-    seen = [pair for batch, losses, *_ in metrics.seen for pair in zip(batch.rows, losses, strict=True)]
+    seen = [pair for batch, losses in metrics.seen for pair in zip(batch.rows, losses, strict=True)]
     bad = [int(row) for row, loss in seen if not loss.isfinite()]
-    where = (
-        f"loss not finite in training rows {bad}" if bad else f"rows {sorted(int(row) for row, _ in seen)}"
-    )
-    raise SystemExit(f"stopped in step {step + 1}, before its update: gradient norm {grad_norm}, {where}")
+    rows = f"loss not finite in rows {bad}" if bad else f"rows {sorted(int(row) for row, _ in seen)}"
+    raise SystemExit(f"stopped in step {step + 1}, before its update: gradient norm {grad_norm}, {rows}")
 
 
 def learning_rate(step, last_step, args):
     """Linear warm-up, then half a cosine to 0, as transformers' get_cosine_schedule_with_warmup has it."""
     warmup = math.ceil(args.warmup_ratio * last_step)
-    if step < warmup:
-        return args.learning_rate * step / warmup
-    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, last_step - warmup)))
+    fallen = max(0, step - warmup) / max(1, last_step - warmup)
+    return args.learning_rate * (step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * fallen)))
 
 
 def due(every, step, last_step):
@@ -1093,19 +1045,18 @@ def empty_model(tokenizer, dtype, args):
         model.generation_config = transformers.GenerationConfig.from_pretrained(start)
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        ends = np.atleast_1d(model.generation_config.eos_token_id or []).tolist()
-        ends.append(end_once(to_ids(chat, tokenizer), tokenizer)[-1])
-        model.generation_config.eos_token_id = sorted({int(end) for end in ends})
+        ends = {end_once(to_ids(chat, tokenizer), tokenizer)[-1]}
+        ends |= set(np.atleast_1d(model.generation_config.eos_token_id or list(ends)).tolist())
+        model.generation_config.eos_token_id = sorted(ends)
     return model
 
 
 def model_card(args):
     """How the model was made, for the README of its folder."""
-    command = ["git", "-C", HERE, "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    status, commit = subprocess.getstatusoutput(f"git -C '{HERE}' rev-parse HEAD")
     return (
         f"---\nlibrary_name: transformers\n---\n\nMade from {args.model} by `{Path(sys.argv[0]).name}` on"
-        f" {args.train_split} of {args.dataset}, at commit {git.stdout.strip() or 'unknown'}, with\n\n"
+        f" {args.train_split} of {args.dataset}, at commit {'unknown' if status else commit}, with\n\n"
         f"```yaml\n{yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)}```\n"
     )
 

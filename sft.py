@@ -60,8 +60,8 @@ def evaluate(model, held_out, step, args, run):
     """The metrics of the held-out chats; the values of each chat go to output_dir/eval."""
     metrics = common.Metrics(run)
     for batch in common.whole_split(held_out, "evaluate", args, run):
-        logps, entropies = model(batch, entropy=True)
-        metrics.add_chats(batch, logps, entropies)
+        logps = common.response_logps(model, batch, entropy=True)
+        metrics.add(batch, {"loss": (-logps, batch.lengths)})
     metrics.save_rows(held_out, step)
     return metrics.mean("eval/")
 
@@ -77,11 +77,11 @@ def main(args):
     for step in run.progress(first_step, last_step):
         metrics = common.Metrics(run)
         for batch in common.micro_batches(train, step, args, run):  # this process's share of the step's chats
-            logps, _ = model(batch)  # (B,), one response a chat
+            logps = common.response_logps(model, batch)  # (B,), one response a chat
             # FSDP takes the mean over processes; what remains is the mean over the step's tokens.
             share_of_step = batch.lengths.sum() / batch.step_tokens
             (sft_loss(logps, batch.lengths) * share_of_step * run.world_size).backward()
-            metrics.add_chats(batch, logps)
+            metrics.add(batch, {"loss": (-logps, batch.lengths)})
         grad_norm = (
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).full_tensor().item()
         )

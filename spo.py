@@ -95,14 +95,33 @@ def preference_loss(policy, ref, args):
     return losses, args.beta * chosen_logratios.detach(), args.beta * rejected_logratios.detach()
 
 
+def values_of(policy, ref, losses, chosen_rewards, rejected_rewards):
+    """What is reported of a batch, (B,) each, under TRL's names."""
+    values = {
+        "loss": losses,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).double(),
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+        "logps/chosen_mean": policy.chosen / policy.chosen_lengths,
+        "logps/rejected_mean": policy.rejected / policy.rejected_lengths,
+    }
+    if ref is not None:
+        values["logratios/chosen"] = policy.chosen - ref.chosen
+        values["logratios/rejected"] = policy.rejected - ref.rejected
+    return values
+
+
 @torch.no_grad()
 def evaluate(model, held_out, step, args, run):
     """The metrics of the held-out rows; the values of each row go to output_dir/eval."""
     metrics = common.Metrics(run)
     for batch in common.whole_split(held_out, "evaluate", args, run):
-        policy, entropies = common.pair_logps_and_entropies(model, batch)
+        policy = common.pair_logps(model, batch, entropy=True)
         losses, chosen_rewards, rejected_rewards = preference_loss(policy, batch.ref, args)
-        metrics.add_pairs(batch, losses, policy, chosen_rewards, rejected_rewards, entropies)
+        metrics.add(batch, values_of(policy, batch.ref, losses, chosen_rewards, rejected_rewards))
     metrics.save_rows(held_out, step)
     return metrics.mean("eval/")
 
@@ -124,7 +143,7 @@ def main(args):
             losses, chosen_rewards, rejected_rewards = preference_loss(policy, batch.ref, args)
             # FSDP takes the mean over processes; what remains is the mean over the step's pairs.
             (losses.sum() * run.world_size / args.batch_size).backward()
-            metrics.add_pairs(batch, losses, policy, chosen_rewards, rejected_rewards)
+            metrics.add(batch, values_of(policy, batch.ref, losses, chosen_rewards, rejected_rewards))
         grad_norm = (
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).full_tensor().item()
         )

@@ -192,21 +192,16 @@ def test_no_other_file_stands_at_the_top_level():
 
 
 def code_lines(source):
-    """Lines that hold code: blank lines, comments and docstrings serve the reader, and nobody shall save on them."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    nodes = [
-        node
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, documented) and ast.get_docstring(node)
-    ]
-    docstrings = {line for node in nodes for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    code = [
-        token
-        for token in tokens
-        if token.type not in (tokenize.COMMENT, tokenize.NL) and token.string.strip()
-    ]
-    return {line for token in code for line in range(token.start[0], token.end[0] + 1)} - docstrings
+    """Lines that hold code. Blank lines, comments and docstrings serve the reader: nobody shall save on them."""
+    docstrings = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    code = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT and token.string.strip():
+            code |= set(range(token.start[0], token.end[0] + 1))
+    return code - docstrings
 
 
 @pytest.mark.parametrize("name", TEXTS)
