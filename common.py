@@ -34,11 +34,13 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -63,6 +65,8 @@ FEATURES = datasets.Features(
     dropped=datasets.Value("string"),  # why the row is not used, if so
     notes=datasets.List(datasets.Value("string")),
 )
+INPUT_ERRORS = (OSError, ValueError, TypeError, RuntimeError, StopIteration, yaml.YAMLError, SafetensorError)
+INPUT_ERRORS += (datasets.exceptions.DatasetGenerationError,)
 # What `--resume` lets change: how long the run is, how it is computed and reported, but not what it computes.
 MAY_CHANGE = """output_dir num_train_epochs max_steps tokens_per_micro_batch gradient_checkpointing
     eval_every save_every keep_checkpoints export_every report_to""".split()
@@ -76,9 +80,15 @@ def fail(message):
     raise SystemExit(2)
 
 
-def brief(error):
-    """The kind of an error and the first line of its text."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+@contextlib.contextmanager
+def failing(message):
+    """Turns the errors of unreadable input into `fail`: the message, then what the error says."""
+    try:
+        yield
+    except INPUT_ERRORS as error:
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        first_line = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+        fail(f"{message}: {error if type(error) is ValueError else first_line}")
 
 
 def parse_args(Args):
@@ -100,11 +110,9 @@ def recipe_arguments(path, Args):
     under this script's name. A top-level key that no script has is an error."""
     script = Path(sys.modules[Args.__module__].__file__)
     fields = {file.stem: argument_names(file) for file in {script, *HERE.glob("*.py")}}
-    try:
+    with failing(f"--config {path} cannot be read"):
         recipe = dict(yaml.safe_load(path.read_text()) or {})
         own = dict({name: recipe.pop(name, None) for name in fields}[script.stem] or {})
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        fail(f"--config {path}: {error}")
     for key in recipe.keys() - set().union(*fields.values()):
         fail(f"--config {path}: no script has a setting {key!r}")
     settings = {key: value for key, value in recipe.items() if key in fields[script.stem]} | own
@@ -133,8 +141,6 @@ def start(args):
         how = dict(backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group(**how, **alone)
-    if dist.get_rank() > 0:
-        datasets.disable_progress_bars()
     with rank_zero_first():
         if dist.get_rank() == 0:
             check_settings(args)
@@ -188,8 +194,8 @@ class Run:
 
     def progress(self, first_step, last_step):
         """The steps that are left, under a bar that `log` keeps up to date. The run's first step is 0."""
-        steps = range(first_step, last_step)
-        self.bar = tqdm(steps, "train", last_step, initial=first_step, unit="step", disable=self.rank > 0)
+        how = dict(total=last_step, initial=first_step, unit="step", disable=self.rank > 0)
+        self.bar = tqdm(range(first_step, last_step), "train", **how)
         return self.bar
 
     def log(self, step, metrics):
@@ -197,16 +203,15 @@ class Run:
         if self.rank == 0:
             with open(self.output_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self.tracker = self.tracker or open_tracker(self.args)
-            self.tracker(metrics, step)
+            if self.args.report_to != "none":
+                self.tracker = self.tracker or open_tracker(self.args)
+                self.tracker(metrics, step)
             shown = {"loss": "loss", "rewards/margins": "margin", "tokens_per_second": "tok/s"}
             self.bar.set_postfix({shown[name]: f"{metrics[name]:.4g}" for name in shown if name in metrics})
 
 
 def open_tracker(args):
-    """A function (metrics, step) that reports to wandb, trackio, tensorboard or nobody."""
-    if args.report_to == "none":
-        return lambda metrics, step: None
+    """A function (metrics, step) that reports to wandb, trackio or tensorboard."""
     if args.report_to == "tensorboard":
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir)
         return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
@@ -227,19 +232,14 @@ def model_folder(name, weights=False):
         return Path(name)
     patterns = ["*.json", "*.jinja", "*.txt", "*.model"] + ["*.safetensors"] * weights
     copies = ["*/*", "consolidated*"]  # the weights again, in other formats
-    try:
+    with failing(f"--model {name}: no such folder, and not to be had from the Hugging Face hub"):
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=copies))
-    except (OSError, ValueError) as error:
-        fail(f"--model {name}: no such folder, and not to be had from the Hugging Face hub: {brief(error)}")
 
 
 def load_tokenizer(name):
     """The tokenizer of a model folder or hub model."""
-    with rank_zero_first():
-        try:
-            return AutoTokenizer.from_pretrained(model_folder(name))
-        except (OSError, ValueError) as error:
-            fail(f"--model {name}: its tokenizer cannot be read: {brief(error)}")
+    with rank_zero_first(), failing(f"--model {name}: its tokenizer cannot be read"):
+        return AutoTokenizer.from_pretrained(model_folder(name))
 
 
 class Split:
@@ -296,7 +296,7 @@ def read_split(args, name, encode, layouts, tokenizer):
     if path.is_file() != (path.suffix in READERS):
         fail(f"--dataset: there is no file {path} ({', '.join(READERS)} are read)")
     source = path if path.is_file() else f"{args.dataset} {name}"
-    try:
+    with failing(f"--dataset {source} cannot be read"):
         if path.is_file():
             how = dict(data_files=glob.escape(str(path)), split="train")
             if path.suffix == ".csv":  # text stays text, also where it looks like a number or says "None"
@@ -305,8 +305,6 @@ def read_split(args, name, encode, layouts, tokenizer):
         else:  # one short request first, as load_dataset itself tries for half a minute to reach the hub
             huggingface_hub.snapshot_download(args.dataset, repo_type="dataset", allow_patterns="README.md")
             raw = datasets.load_dataset(args.dataset, split=name)
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
-        fail(f"--dataset {source}: cannot be read: {brief(error.__cause__ or error)}")
     if not any(layout <= set(raw.column_names) for layout in layouts):
         needed = ", or ".join(" and ".join(sorted(layout)) for layout in layouts)
         fail(f"--dataset {source} has the columns {', '.join(raw.column_names)}; needed are {needed}")
@@ -317,8 +315,7 @@ def tokenize(raw, source, encode, tokenizer, max_length):
     """Rows to a Split, by parallel processes, and once: `datasets` keeps it by a hash of all that went in."""
     state = [raw._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     state += [tokenizer.special_tokens_map, encode.__name__, max_length, Path(__file__).read_text()]
-    processes = min(os.cpu_count(), 32, len(raw) // 500)
-    try:
+    with failing(f"--dataset {source}"):
         rows = raw.map(
             encode_rows,
             batched=True,
@@ -326,12 +323,10 @@ def tokenize(raw, source, encode, tokenizer, max_length):
             remove_columns=raw.column_names,
             fn_kwargs=dict(encode=encode, tokenizer=tokenizer, max_length=max_length),
             features=FEATURES,
-            num_proc=processes if processes > 1 else None,
+            num_proc=min(os.cpu_count(), 32) if len(raw) >= 1000 else None,
             new_fingerprint=hashlib.sha256(repr(state).encode()).hexdigest()[:32],
             desc="tokenize",
         )
-    except ValueError as error:
-        fail(f"--dataset {source}: {error}")
     fates = rows["dropped"][:] if len(rows) else []
     kept = rows.select([place for place, why in enumerate(fates) if not why])
     notes = [note for notes in kept["notes"][:] for note in notes]
@@ -560,8 +555,8 @@ class Batch:
     """Rows of a micro-batch as one sequence without padding: each prompt once, its responses behind it."""
 
     rows: list  # row numbers in the split
-    ids: Tensor  # (1, T)
-    positions: Tensor  # (1, T) each response goes on where its prompt ends
+    ids: Tensor  # (T,)
+    positions: Tensor  # (T,) each response goes on where its prompt ends
     keys: Tensor  # the keys of each response in turn: the places of its prompt, then its own
     key_lengths: list  # (R,)
     query_lengths: list  # (R,) its own tokens, and for a row's first response the prompt's as well
@@ -583,35 +578,36 @@ class Batch:
 
 def pack(split, rows, step_tokens, device):
     """A Batch of these rows."""
-    ids, positions, keys, key_lengths, query_lengths, heads, targets, owners = ([] for _ in range(8))
+    parts = {name: [] for name in ("ids", "positions", "keys", "heads", "targets", "owners")}
+    key_lengths, query_lengths = [], []
     end = 0  # of what is packed so far
     for row in (split.rows[int(row)] for row in rows):
         prompt = np.arange(end, end := end + len(row["prompt"]))
-        ids.append(row["prompt"])
-        positions.append(prompt - prompt[0])
+        parts["ids"].append(row["prompt"])
+        parts["positions"].append(prompt - prompt[0])
         for response, mask in zip(row["responses"], row["scored"], strict=True):
             own = np.arange(end, end := end + len(response))
-            ids.append(response)
-            positions.append(own - own[0] + len(prompt))
-            keys += [prompt, own]
+            parts["ids"].append(response)
+            parts["positions"].append(own - own[0] + len(prompt))
+            parts["keys"] += [prompt, own]
+            parts["heads"].append(np.append(prompt[-1], own[:-1])[mask])
+            parts["targets"].append(np.array(response)[mask])
+            parts["owners"].append(np.full(sum(mask), len(key_lengths)))
             key_lengths.append(len(prompt) + len(own))
             query_lengths.append(len(own) if own[0] > prompt[-1] + 1 else key_lengths[-1])
-            heads.append(np.append(prompt[-1], own[:-1])[mask])
-            targets.append(np.array(response)[mask])
-            owners.append(np.full(sum(mask), len(owners)))
     starts = [F.pad(torch.tensor(x).cumsum(0), (1, 0)).int().to(device) for x in (query_lengths, key_lengths)]
-    arrays = (ids, positions, keys, heads, targets, owners)
-    arrays = [torch.from_numpy(np.concatenate(parts)).to(device) for parts in arrays]
-    ids, positions, keys, heads, targets, owners = arrays
+    tensors = {name: torch.from_numpy(np.concatenate(arrays)).to(device) for name, arrays in parts.items()}
     lengths = split.lengths[rows].flatten().to(device)
     ref_sums = None if split.ref is None else split.ref[rows].flatten().to(device)
-    places = (keys, key_lengths, query_lengths, starts, heads, targets, owners)
-    return Batch(rows, ids[None], positions[None], *places, lengths, ref_sums, step_tokens)
+    counts = dict(key_lengths=key_lengths, query_lengths=query_lengths, starts=starts, lengths=lengths)
+    return Batch(rows=rows, **tensors, **counts, ref_sums=ref_sums, step_tokens=step_tokens)
 
 
-def packed_attention(module, query, key, value, mask, scaling, batch, **options):
+def packed_attention(module, query, key, value, attention_mask, scaling, batch=None, **options):
     """Causal attention by segment, as transformers calls it: a response sees its prompt and itself.
     query (1, heads, T, d), key and value (1, kv_heads, T, d) -> (1, T, heads, d), None."""
+    if attention_mask is not None or batch is None:
+        fail(f"--model: {type(module).__name__} cannot be used: it makes its own mask or drops arguments")
     sliding_window, softcap = options.get("sliding_window"), options.get("softcap")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
     key, value = key[batch.keys], value[batch.keys]  # the prompt's keys again for each response
@@ -657,17 +653,16 @@ def load_model(args, run):
     with rank_zero_first():
         folder = model_folder(args.model, weights=True)
         config = AutoConfig.from_pretrained(folder)
-        for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):
-                setattr(config, name, 0.0)
         with torch.device("meta"):
-            how = dict(dtype=torch.float32, attn_implementation="packed")
-            model = AutoModelForCausalLM.from_config(config, **how)
-        refuse_unsupported(model, args.model)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        refuse_unsupported(model, args)
+        model.set_attn_implementation("packed")
         whole = read_weights(folder, args) if run.rank == 0 else None
     model.forward = packed_forward.__get__(model)  # within the model's forward, FSDP holds the head's weight
     policy = MixedPrecisionPolicy(param_dtype=run.compute_dtype, reduce_dtype=torch.float32)
     for block in [module for module in model.modules() if type(module).__name__ in model._no_split_modules]:
+        if args.gradient_checkpointing:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         fully_shard(block, mesh=run.mesh, mp_policy=policy)
     # By default the root would stay gathered after a forward, and go stale where no backward follows.
     fully_shard(model, mesh=run.mesh, mp_policy=policy, reshard_after_forward=True)
@@ -680,16 +675,15 @@ def load_model(args, run):
             buffer.copy_(whole.get_buffer(name))
         dist.broadcast(buffer, 0)
     model.config.dtype = whole.dtype if run.rank == 0 else None  # for `export`, which rank 0 writes
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+    return model.eval()  # that is, without dropout
 
 
 def read_weights(folder, args):
     """The whole model, in the dtype of its files."""
     if any(folder.glob("*.safetensors")):
         how = dict(dtype="auto", use_safetensors=True, output_loading_info=True)
-        model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
+        with failing(f"--model {args.model}: its weights cannot be read"):
+            model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
         if missing := sorted(info["missing_keys"]):
             fail(f"--model {args.model}: {len(missing)} tensors are missing, {missing[0]} among them")
         return model
@@ -702,24 +696,32 @@ def read_weights(folder, args):
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
 
 
-def refuse_unsupported(model, name):
+def refuse_unsupported(model, args):
     """Ends the run for an architecture that would be computed wrongly here."""
-    layers = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    scalings = {"logit_scale", "logits_scaling", "lm_head_multiplier"} & model.config.to_dict().keys()
+    config = model.config
+    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = rope.get("original_max_position_embeddings", getattr(config, "max_position_embeddings", 0))
+    stretched = rope.get("rope_type") in ("dynamic", "longrope") and args.max_length > limit
     reasons = {
         "its attention cannot be replaced": not model._supports_attention_backend,
+        "it is multimodal": config.get_text_config() is not config,
         f"it has layers of {', '.join(layers)}": layers,
-        "it has attention sinks": any("sinks" in parameter for parameter, _ in model.named_parameters()),
-        f"its logits are scaled ({', '.join(scalings)})": scalings,
+        "it has attention sinks": any("sinks" in name for name, _ in model.named_parameters()),
+        "its logits are scaled": any(getattr(config, name, 1) != 1 for name in LOGIT_SCALES),
         "its head has a bias": model.get_output_embeddings().bias is not None,
+        f"beyond {limit} tokens (--max_length) a row's positions depend on the others'": stretched,
     }
     if reason := next((reason for reason, holds in reasons.items() if holds), None):
-        fail(f"--model {name}: {type(model).__name__} cannot be trained here: {reason}")
+        fail(f"--model {args.model}: {type(model).__name__} cannot be trained here: {reason}")
+
+
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 def packed_forward(self, batch, entropy=False):
     """A model's forward here: log-probs (R,) and, with `entropy`, summed token entropies (R,) or None."""
-    out = self.base_model(batch.ids, position_ids=batch.positions, batch=batch, use_cache=False)
+    out = self.base_model(batch.ids[None], position_ids=batch.positions[None], batch=batch, use_cache=False)
     hidden = out.last_hidden_state[0, batch.heads]  # (N, H)
     head = self.get_output_embeddings().weight  # (V, H)
     softcap = getattr(self.config, "final_logit_softcapping", None)
@@ -962,13 +964,13 @@ def save_checkpoint(model, optimizer, train, step, args, run):
     dist.barrier()
     writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)  # DCP's own format is pickle
     dcp.save(training_state(model, optimizer), storage_writer=writer)
+    os.sync()
+    dist.barrier()
     if run.rank == 0:
         files = {file.name: file.stat().st_size for file in partial.iterdir()}
         state = dict(step=step, data=train.fingerprint, settings=dataclasses.asdict(args), files=files)
         (partial / "state.json").write_text(json.dumps(state, indent=2))
-        for path in [*partial.iterdir(), partial]:
-            os.fsync(descriptor := os.open(path, os.O_RDONLY))
-            os.close(descriptor)
+        os.sync()
         shutil.rmtree(final, ignore_errors=True)  # only a damaged one can stand there
         partial.rename(final)
         for old in set(folder.glob("step-*")) - set(checkpoints(run)[-args.keep_checkpoints :]):
@@ -995,21 +997,21 @@ def resume(model, optimizer, train, args, run):
         settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "resume"}
         run.output_dir.mkdir(parents=True, exist_ok=True)
         (run.output_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    found = checkpoints(run) if args.resume else []
-    if not found:
-        return 0, last_step
-    state = json.loads((found[-1] / "state.json").read_text())
-    if state["data"] != train.fingerprint:
-        fail(f"--resume: the training rows are not those of {found[-1]}")
-    for parameter in model.parameters():
+    found = checkpoints(run)[-1] if args.resume and checkpoints(run) else None
+    state = json.loads((found / "state.json").read_text()) if found else {"step": 0}
+    for parameter in model.parameters():  # AdamW's state as it is before the first step
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = moments | {"step": torch.tensor(float(state["step"]), device=run.device)}
-    dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(found[-1])))
+    if not found:
+        return 0, last_step
+    if state["data"] != train.fingerprint:
+        fail(f"--resume: the training rows are not those of {found}")
+    dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(found)))
     if run.rank == 0:  # the stopped run may have gone on behind its checkpoint
         path = run.output_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
-    print0(f"resumed behind step {state['step']} from {found[-1]}")
+    print0(f"resumed behind step {state['step']} from {found}")
     return state["step"], last_step
 
 

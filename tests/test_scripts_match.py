@@ -192,7 +192,7 @@ def test_no_other_file_stands_at_the_top_level():
 
 
 def code_lines(source):
-    """Lines that hold code. Blank lines, comments and docstrings serve the reader: nobody shall save on them."""
+    """Lines that hold code: nobody shall save on blank lines, comments and docstrings."""
     docstrings = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
