@@ -579,8 +579,7 @@ class Batch:
 def pack(split, rows, step_tokens, device):
     """A Batch of these rows."""
     parts = {name: [] for name in ("ids", "positions", "keys", "heads", "targets", "owners")}
-    key_lengths, query_lengths = [], []
-    end = 0  # of what is packed so far
+    key_lengths, query_lengths, end = [], [], 0  # the end of what is packed so far
     for row in (split.rows[int(row)] for row in rows):
         prompt = np.arange(end, end := end + len(row["prompt"]))
         parts["ids"].append(row["prompt"])
@@ -891,12 +890,13 @@ class Metrics:
 
     def mean(self, prefix=""):
         """{name: mean over all processes}, and the tokens per second that all of them computed together."""
+        totals = torch.stack(list(self.sums.values())).cpu()  # waits for the device, so it comes first
         seconds = (time.perf_counter() - self.started) / self.run.world_size
-        speed = torch.tensor([sum(batch.ids.numel() for batch, _ in self.seen), seconds]).double()
-        totals = torch.stack([*self.sums.values(), speed.to(self.run.device)])  # (names, 2)
+        tokens = sum(len(batch.ids) for batch, _ in self.seen)
+        totals = torch.cat([totals, torch.tensor([[tokens, seconds]]).double()])  # (names, 2)
         dist.all_reduce(totals)
-        means = (totals[:, 0] / totals[:, 1]).tolist()
-        return dict(zip((prefix + name for name in [*self.sums, "tokens_per_second"]), means, strict=True))
+        names = [prefix + name for name in (*self.sums, "tokens_per_second")]
+        return dict(zip(names, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
 
     def save_rows(self, split, step):
         """The values of each row of an evaluation, as eval/step-<step>.safetensors."""
@@ -964,13 +964,13 @@ def save_checkpoint(model, optimizer, train, step, args, run):
     dist.barrier()
     writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)  # DCP's own format is pickle
     dcp.save(training_state(model, optimizer), storage_writer=writer)
-    os.sync()
-    dist.barrier()
     if run.rank == 0:
         files = {file.name: file.stat().st_size for file in partial.iterdir()}
         state = dict(step=step, data=train.fingerprint, settings=dataclasses.asdict(args), files=files)
         (partial / "state.json").write_text(json.dumps(state, indent=2))
-        os.sync()
+        for path in [*partial.iterdir(), partial]:
+            os.fsync(descriptor := os.open(path, os.O_RDONLY))
+            os.close(descriptor)
         shutil.rmtree(final, ignore_errors=True)  # only a damaged one can stand there
         partial.rename(final)
         for old in set(folder.glob("step-*")) - set(checkpoints(run)[-args.keep_checkpoints :]):

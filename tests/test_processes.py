@@ -22,7 +22,7 @@ def results(world, tmp_path_factory):
     folders = {}
     for processes in WORLDS:
         folders[processes] = tmp_path_factory.mktemp(f"processes-{processes}")
-        command = ["torchrun", "--nproc_per_node", processes, "--master_port", 29600 + processes]
+        command = ["torchrun", "--standalone", "--nproc_per_node", processes]
         command += [TESTS / "worker.py", world, folders[processes]]
         command[0:1] = [sys.executable, "-m", "torch.distributed.run"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ)

@@ -37,7 +37,7 @@ def metrics(folder):
 
 
 def command(script, options, processes=0):
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29655"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     flags = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, *(torchrun if processes else []), str(ROOT / script), *flags]
 

@@ -32,10 +32,14 @@ CASES = {
 
 
 class Recorder(torch.optim.AdamW):
-    """AdamW that keeps the gradients of the first step."""
+    """AdamW that keeps the gradients of its first step."""
+
+    def __init__(self, parameters, **settings):
+        super().__init__(parameters, **settings)
+        Recorder.gradients = None
 
     def step(self):
-        if not self.state:
+        if Recorder.gradients is None:
             parameters = self.param_groups[0]["params"]
             Recorder.gradients = {str(i): p.grad.full_tensor().cpu() for i, p in enumerate(parameters)}
             Recorder.shard_size = sum(p.to_local().numel() for p in parameters)
