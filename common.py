@@ -6,6 +6,7 @@ vocabulary. Log-probs are in nats, summed over a response's scored tokens.
 """
 
 import ast
+import bisect
 import contextlib
 import dataclasses
 import datetime
@@ -399,10 +400,10 @@ def encode_chat(row, tokenizer):
     ends_turns = to_ids(prompt + completion, tokenizer)[: len(ids)] == ids  # the template writes end tokens
     for place in [place for place, turn in enumerate(prompt) if turn["role"] == "assistant"]:
         start = common_prefix(ids, to_ids(prompt[:place], tokenizer, header=True))
-        if ends_turns:
-            end = ids.index(ids[-1], start) + 1
-        else:  # the turn goes to where the chat up to here parts from the whole
-            end = common_prefix(ids, to_ids(prompt[: place + 1], tokenizer))
+        so_far = to_ids(
+            prompt[: place + 1], tokenizer
+        )  # without end tokens, the turn goes to where this parts
+        end = ids.index(ids[-1], start) + 1 if ends_turns else common_prefix(ids, so_far)
         mask[start:end] = [True] * (end - start)
     first = mask.index(True) if any(mask) else len(ids)
     return [example | dict(prompt=ids[:first], responses=[ids[first:]], scored=[mask[first:]])]
@@ -539,15 +540,17 @@ def deal(tokens, rows, budget, processes):
     rows = sorted(rows, key=lambda row: -tokens[row])
     budget = max(budget, tokens[rows[0]])
     most = len(rows) // processes  # with more, bins would be empty; at this k, two rows may exceed the budget
-    fewest = math.ceil(sum(tokens[row] for row in rows) / budget / processes)
-    for k in range(min(fewest, most), most + 1):
+    fewest = min(most, math.ceil(sum(tokens[row] for row in rows) / budget / processes))
+
+    def dealt(k):
         bins = [(0, place, []) for place in range(processes * k)]  # a heap, the emptiest first
         for row in rows:
             load, place, members = bins[0]
             heapq.heapreplace(bins, (load + tokens[row], place, members + [row]))
-        if max(bins)[0] <= budget:
-            break
-    return [members for _, _, members in sorted(bins, key=lambda item: item[1])]
+        return sorted(bins, key=lambda item: item[1])
+
+    k = bisect.bisect_left(range(fewest, most), True, key=lambda k: max(dealt(k))[0] <= budget) + fewest
+    return [members for _, _, members in dealt(k)]
 
 
 @dataclasses.dataclass
@@ -619,8 +622,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling, batch=N
         out = varlen_attn(query, key, value, *batch.starts, *longest, scale=scaling, window_size=window)
     else:
         parts = query.split(batch.query_lengths), key.split(batch.key_lengths), value.split(batch.key_lengths)
-        segments = zip(*parts, strict=True)
-        out = torch.cat([segment_attention(*qkv, scaling, sliding_window, softcap) for qkv in segments])
+        out = torch.cat([segment_attention(*qkv, scaling, sliding_window, softcap) for qkv in zip(*parts)])
     return out[None], None
 
 
@@ -826,7 +828,9 @@ def add_reference(model, train, held_out, args, run):
         key = repr([start, split.fingerprint, run.compute_dtype, run.device.type, "packed"])
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         path = run.output_dir.parent / "reference" / f"{name}.safetensors"
-        if path.is_file():
+        there = [path.is_file()]  # as rank 0 sees it: another run may be writing it just now
+        dist.broadcast_object_list(there)
+        if there[0]:
             split.ref = load_file(path)["logps"]
             print0(f"reference: log-probs of {len(split)} rows read from {path}")
             continue
@@ -838,8 +842,9 @@ def add_reference(model, train, held_out, args, run):
         split.ref = split.ref.cpu()
         if run.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"logps": split.ref, "lengths": split.lengths}, path.with_suffix(".partial"))
-            path.with_suffix(".partial").replace(path)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            save_file({"logps": split.ref, "lengths": split.lengths}, partial)
+            partial.replace(path)
         dist.barrier()
         print0(f"reference: log-probs of {len(split)} rows computed and kept in {path}")
 
@@ -849,11 +854,9 @@ def start_fingerprint(args):
     folder = model_folder(args.model)
     if folder != Path(args.model):
         return folder.name
-    digests = [args.seed] if not any(folder.glob("*.safetensors")) else []
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        with open(path, "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return digests
+    weights = sorted(folder.glob("*.safetensors"))
+    files = [np.memmap(path, mode="r") for path in [folder / "config.json", *weights]]
+    return [hashlib.sha256(file).hexdigest() for file in files] + ([] if weights else [args.seed])
 
 
 def print_summary(model, train, last_step, args, run):
@@ -993,25 +996,27 @@ def resume(model, optimizer, train, args, run):
     """(first step, last step) of what is left to do, under `--resume` behind the newest checkpoint."""
     last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
     print_summary(model, train, last_step, args, run)
+    found = checkpoints(run)[-1] if args.resume and checkpoints(run) else None
+    state = (
+        json.loads((found / "state.json").read_text()) if found else {"step": 0, "data": train.fingerprint}
+    )
+    if state["data"] != train.fingerprint:
+        fail(f"--resume: the training rows are not those of {found}")
+    for parameter in model.parameters():  # AdamW's state as it is before the first step
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = moments | {"step": torch.tensor(float(state["step"]), device=run.device)}
+    if found:
+        dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(found)))
+        print0(f"resumed behind step {state['step']} from {found}")
     if run.rank == 0:
         settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "resume"}
         run.output_dir.mkdir(parents=True, exist_ok=True)
         (run.output_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    found = checkpoints(run)[-1] if args.resume and checkpoints(run) else None
-    state = json.loads((found / "state.json").read_text()) if found else {"step": 0}
-    for parameter in model.parameters():  # AdamW's state as it is before the first step
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = moments | {"step": torch.tensor(float(state["step"]), device=run.device)}
-    if not found:
-        return 0, last_step
-    if state["data"] != train.fingerprint:
-        fail(f"--resume: the training rows are not those of {found}")
-    dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(found)))
-    if run.rank == 0:  # the stopped run may have gone on behind its checkpoint
-        path = run.output_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
-    print0(f"resumed behind step {state['step']} from {found}")
+        (run.output_dir / "metrics.jsonl").touch()
+        lines = (run.output_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+        # A stopped run may have gone on behind its checkpoint, and been cut off in the middle of a line.
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+        (run.output_dir / "metrics.jsonl").write_text("".join(lines))
     return state["step"], last_step
 
 
@@ -1061,8 +1066,3 @@ def model_card(args):
         f" {args.train_split} of {args.dataset}, at commit {'unknown' if status else commit}, with\n\n"
         f"```yaml\n{yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)}```\n"
     )
-
-
-def finish():
-    """Parts from the other processes."""
-    dist.destroy_process_group()

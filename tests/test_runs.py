@@ -84,9 +84,8 @@ def test_a_resumed_run_ends_with_the_same_bits(world, uninterrupted, tmp_path, m
         stop_behind(step, patch)
         spo.main(spo.Args(**args))
     torch.distributed.destroy_process_group()
-    (tmp_path / "stopped/metrics.jsonl").open("a").write(
-        '{"step": 99, "loss": 0}\n'
-    )  # written behind the checkpoint
+    with open(tmp_path / "stopped/metrics.jsonl", "a") as file:  # behind the checkpoint, and cut off
+        file.write('{"step": 99, "loss": 0}\n{"step": 99, "lo')
     steps, rows_of_step = [], common.rows_of_step
     monkeypatch.setattr(
         common, "rows_of_step", lambda train, s, a: steps.append(s) or rows_of_step(train, s, a)
