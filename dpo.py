@@ -31,12 +31,8 @@ import common
 
 @dataclass
 class Args:
-    beta: float = HfArg(
-        default=0.1, help="reward of a nat of log-ratio: larger stays nearer to the reference"
-    )
-    label_smoothing: float = HfArg(
-        default=0.0, help="share of pairs taken to be labelled the wrong way round"
-    )
+    beta: float = HfArg(default=0.1, help="reward of a nat of log-ratio: larger stays nearer to ref")
+    label_smoothing: float = HfArg(default=0.0, help="share of pairs taken to be labelled the wrong way")
     learning_rate: float = HfArg(default=5e-7, help="peak of the schedule")
 
     model: str = HfArg(default="Qwen/Qwen2.5-7B-Instruct", help="hub name or folder of the start model")
@@ -47,9 +43,7 @@ class Args:
     num_train_epochs: int = HfArg(default=1, help="passes over the training rows")
     max_steps: int = HfArg(default=0, help="optimizer steps, instead of epochs; 0 is off")
     batch_size: int = HfArg(default=128, help="rows of an optimizer step, over all processes")
-    tokens_per_micro_batch: int = HfArg(
-        default=7168, help="tokens a process computes at once: sets the memory"
-    )
+    tokens_per_micro_batch: int = HfArg(default=7168, help="tokens computed at once by a process: the memory")
     max_length: int = HfArg(default=2048, help="tokens of a prompt with one completion; longer ones are cut")
     warmup_ratio: float = HfArg(default=0.1, help="share of the steps in which the learning rate rises")
     max_grad_norm: float = HfArg(default=1.0, help="longer gradients are scaled down to this")
@@ -59,9 +53,7 @@ class Args:
     keep_checkpoints: int = HfArg(default=1, help="how many of the newest checkpoints to keep")
     export_every: int = HfArg(default=0, help="steps between whole models in output_dir/models; 0 is off")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
-    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = HfArg(
-        default="none", help="metrics tracker"
-    )
+    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = HfArg(default="none", help="tracker")
     seed: int = HfArg(default=42, help="order of the rows; weights of a model that has none")
 
     def __post_init__(self):
@@ -135,9 +127,8 @@ def main(args):
             # FSDP takes the mean over processes; what remains is the mean over the step's pairs.
             (losses.sum() * run.world_size / args.batch_size).backward()
             metrics.add(batch, values_of(policy, batch.ref, losses, chosen_rewards, rejected_rewards))
-        grad_norm = (
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).full_tensor().item()
-        )
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = grad_norm.full_tensor().item()
         common.stop_unless_finite(grad_norm, metrics, step)
         if step == 0 and uses_reference(args):
             common.check_reference(metrics, run)
