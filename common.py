@@ -5,12 +5,10 @@ Letters in shapes: B rows, R responses, T tokens and N scored tokens of a micro-
 vocabulary. Log-probs are in nats, summed over a response's scored tokens.
 """
 
-import ast
 import bisect
 import contextlib
 import dataclasses
 import datetime
-import functools
 import glob
 import hashlib
 import heapq
@@ -18,11 +16,13 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +53,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it complains of is raised, too
 
 HERE = Path(__file__).resolve().parent
+FIELD = r"^    (\w+): .* = HfArg\("  # a setting of a script
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 TEXT_COLUMNS = ["prompt", "chosen", "rejected", "completion"]
 FEATURES = datasets.Features(
@@ -66,8 +67,8 @@ FEATURES = datasets.Features(
     dropped=datasets.Value("string"),  # why the row is not used, if so
     notes=datasets.List(datasets.Value("string")),
 )
-INPUT_ERRORS = (OSError, ValueError, TypeError, RuntimeError, StopIteration, yaml.YAMLError, SafetensorError)
-INPUT_ERRORS += (datasets.exceptions.DatasetGenerationError,)
+INPUT_ERRORS = (OSError, ValueError, TypeError, RuntimeError, StopIteration, ImportError, yaml.YAMLError)
+INPUT_ERRORS += (SafetensorError, datasets.exceptions.DatasetGenerationError)
 # What `--resume` lets change: how long the run is, how it is computed and reported, but not what it computes.
 MAY_CHANGE = """output_dir num_train_epochs max_steps tokens_per_micro_batch gradient_checkpointing
     eval_every save_every keep_checkpoints export_every report_to""".split()
@@ -94,15 +95,14 @@ def failing(message):
 
 def parse_args(Args):
     """An `Args` from the command line, in front of which a `--config FILE.yaml` puts its own arguments."""
-    parser = transformers.HfArgumentParser(Args, allow_abbrev=False)
+    what = (sys.modules[Args.__module__].__doc__ or "").partition("\n")[0]
+    parser = transformers.HfArgumentParser(Args, allow_abbrev=False, description=what)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings; the command line's own win")
     parser.error = fail
     config = parser.parse_known_args()[0].config
     arguments = (recipe_arguments(Path(config), Args) if config else []) + sys.argv[1:]
-    try:
+    with failing("settings"):  # where the method's own checks, in Args.__post_init__, find fault
         args, *_, unknown = parser.parse_args_into_dataclasses(arguments, True, look_for_args_file=False)
-    except ValueError as error:  # the method's own checks, in Args.__post_init__
-        fail(error)
     return fail(f"unknown argument: {' '.join(unknown)} (see --help)") if unknown else args
 
 
@@ -110,7 +110,7 @@ def recipe_arguments(path, Args):
     """A recipe as arguments: its top-level keys, where those of other scripts are passed over, then the keys
     under this script's name. A top-level key that no script has is an error."""
     script = Path(sys.modules[Args.__module__].__file__)
-    fields = {file.stem: argument_names(file) for file in {script, *HERE.glob("*.py")}}
+    fields = {f.stem: set(re.findall(FIELD, f.read_text(), re.M)) for f in {script, *HERE.glob("*.py")}}
     with failing(f"--config {path} cannot be read"):
         recipe = dict(yaml.safe_load(path.read_text()) or {})
         own = dict({name: recipe.pop(name, None) for name in fields}[script.stem] or {})
@@ -122,13 +122,6 @@ def recipe_arguments(path, Args):
         if value is not None:
             arguments += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return arguments
-
-
-def argument_names(script):
-    """The fields of a script's `Args`, read without running it."""
-    classes = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.ClassDef)]
-    fields = [item for node in classes if node.name == "Args" for item in node.body]
-    return {item.target.id for item in fields if isinstance(item, ast.AnnAssign)}
 
 
 def start(args):
@@ -167,9 +160,11 @@ def rank_zero_first():
 
 def check_settings(args):
     """What must hold in every script. The output folder is empty, or `--resume` finds its own run in it."""
-    for name in ("batch_size", "tokens_per_micro_batch", "max_length", "max_grad_norm", "keep_checkpoints"):
-        if getattr(args, name) <= 0:
-            fail(f"--{name} must be above 0, not {getattr(args, name)}")
+    positive = "batch_size tokens_per_micro_batch max_length max_grad_norm keep_checkpoints num_train_epochs"
+    at_least_zero = "max_steps warmup_ratio eval_every save_every export_every learning_rate seed"
+    for name in f"{positive} {at_least_zero}".split():
+        if getattr(args, name) < 0 or (getattr(args, name) == 0 and name in positive.split()):
+            fail(f"--{name} must be {'above 0' if name in positive.split() else '0 or more'}")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         fail(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
     folder, saved = Path(args.output_dir), Path(args.output_dir) / "config.yaml"
@@ -180,6 +175,8 @@ def check_settings(args):
         for name, value in dataclasses.asdict(args).items():
             if name not in ("resume", *MAY_CHANGE) and value != before.get(name):
                 fail(f"--resume: the run in {folder} has {name} {before.get(name)}, not {value}")
+    with failing(f"--output_dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 class Run:
@@ -240,7 +237,7 @@ def model_folder(name, weights=False):
 def load_tokenizer(name):
     """The tokenizer of a model folder or hub model."""
     with rank_zero_first(), failing(f"--model {name}: its tokenizer cannot be read"):
-        return AutoTokenizer.from_pretrained(model_folder(name))
+        return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
 
 
 class Split:
@@ -400,10 +397,8 @@ def encode_chat(row, tokenizer):
     ends_turns = to_ids(prompt + completion, tokenizer)[: len(ids)] == ids  # the template writes end tokens
     for place in [place for place, turn in enumerate(prompt) if turn["role"] == "assistant"]:
         start = common_prefix(ids, to_ids(prompt[:place], tokenizer, header=True))
-        so_far = to_ids(
-            prompt[: place + 1], tokenizer
-        )  # without end tokens, the turn goes to where this parts
-        end = ids.index(ids[-1], start) + 1 if ends_turns else common_prefix(ids, so_far)
+        so_far = prompt[: place + 1]  # without end tokens, the turn goes to where this parts from the whole
+        end = ids.index(ids[-1], start) + 1 if ends_turns else common_prefix(ids, to_ids(so_far, tokenizer))
         mask[start:end] = [True] * (end - start)
     first = mask.index(True) if any(mask) else len(ids)
     return [example | dict(prompt=ids[:first], responses=[ids[first:]], scored=[mask[first:]])]
@@ -479,7 +474,7 @@ def to_ids(text, tokenizer, header=False):
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
-@functools.cache
+@cache
 def takes_system(tokenizer):
     """False where the chat template refuses a system turn (Gemma) or moves it about (Mistral)."""
     chat = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
@@ -622,7 +617,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling, batch=N
         out = varlen_attn(query, key, value, *batch.starts, *longest, scale=scaling, window_size=window)
     else:
         parts = query.split(batch.query_lengths), key.split(batch.key_lengths), value.split(batch.key_lengths)
-        out = torch.cat([segment_attention(*qkv, scaling, sliding_window, softcap) for qkv in zip(*parts)])
+        # Soft-capped scores would all be kept for backward: they are computed again instead.
+        attend = partial(checkpoint, segment_attention, use_reentrant=False) if softcap else segment_attention
+        out = torch.cat([attend(*qkv, scaling, sliding_window, softcap) for qkv in zip(*parts)])
     return out[None], None
 
 
@@ -651,21 +648,21 @@ transformers.AttentionInterface.register("packed", packed_attention)
 def load_model(args, run):
     """The policy, sharded over the processes: float32 parameters that compute in `run.compute_dtype`, and a
     forward that gives log-probs. A folder with a config and no weights gives a model drawn from `seed`."""
-    with rank_zero_first():
-        folder = model_folder(args.model, weights=True)
-        config = AutoConfig.from_pretrained(folder)
+    with rank_zero_first(), failing(f"--model {args.model} cannot be read"):
+        folder = model_folder(args.model, weights=run.rank == 0)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
         refuse_unsupported(model, args)
         model.set_attn_implementation("packed")
         whole = read_weights(folder, args) if run.rank == 0 else None
     model.forward = packed_forward.__get__(model)  # within the model's forward, FSDP holds the head's weight
-    policy = MixedPrecisionPolicy(param_dtype=run.compute_dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(run.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [module for module in model.modules() if type(module).__name__ in model._no_split_modules]:
         if args.gradient_checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         fully_shard(block, mesh=run.mesh, mp_policy=policy)
-    # By default the root would stay gathered after a forward, and go stale where no backward follows.
+    # By default the root stays gathered after a forward: copies, which a checkpoint would take for weights.
     fully_shard(model, mesh=run.mesh, mp_policy=policy, reshard_after_forward=True)
     model.to_empty(device=run.device)
     model.tie_weights()
@@ -682,9 +679,8 @@ def load_model(args, run):
 def read_weights(folder, args):
     """The whole model, in the dtype of its files."""
     if any(folder.glob("*.safetensors")):
-        how = dict(dtype="auto", use_safetensors=True, output_loading_info=True)
-        with failing(f"--model {args.model}: its weights cannot be read"):
-            model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
+        how = dict(dtype="auto", use_safetensors=True, output_loading_info=True, trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **how)
         if missing := sorted(info["missing_keys"]):
             fail(f"--model {args.model}: {len(missing)} tensors are missing, {missing[0]} among them")
         return model
@@ -707,6 +703,7 @@ def refuse_unsupported(model, args):
     reasons = {
         "its attention cannot be replaced": not model._supports_attention_backend,
         "it is multimodal": config.get_text_config() is not config,
+        "it is quantized": getattr(config, "quantization_config", None),
         f"it has layers of {', '.join(layers)}": layers,
         "it has attention sinks": any("sinks" in name for name, _ in model.named_parameters()),
         "its logits are scaled": any(getattr(config, name, 1) != 1 for name in LOGIT_SCALES),
@@ -827,6 +824,7 @@ def add_reference(model, train, held_out, args, run):
     for split in filter(None, (train, held_out)):
         key = repr([start, split.fingerprint, run.compute_dtype, run.device.type, "packed"])
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        split.fingerprint += repr(start)  # what a checkpoint has to agree with
         path = run.output_dir.parent / "reference" / f"{name}.safetensors"
         there = [path.is_file()]  # as rank 0 sees it: another run may be writing it just now
         dist.broadcast_object_list(there)
@@ -868,7 +866,8 @@ def print_summary(model, train, last_step, args, run):
     work = (tokens * (layers + layer + 1.4 * vocabulary) + 6 * vocabulary * hidden) * dtype.itemsize / 2
     size = sum(parameter.numel() for parameter in model.parameters())
     states = 16 * size / run.world_size  # weights, gradients and AdamW's moments
-    print0(f"{last_step} steps of {args.batch_size} rows, of {train.tokens.mean():.0f} tokens on average")
+    left, mean = len(train) % args.batch_size, train.tokens.mean()
+    print0(f"{last_step} steps of {args.batch_size} rows of {mean:.0f} tokens; epochs leave out {left} rows")
     print0(f"{size:,} parameters in float32, computing in {dtype} on {run.world_size} x {run.device.type}")
     print0(f"memory of each: {states / 1e9:.2f} GB of states, about {work / 1e9:.2f} GB for {tokens} tokens")
 
@@ -878,7 +877,7 @@ class Metrics:
     on the number of processes."""
 
     def __init__(self, run):
-        self.run, self.sums, self.seen, self.started = run, {}, [], time.perf_counter()
+        self.run, self.sums, self.seen, self.tokens, self.started = run, {}, [], 0, time.perf_counter()
 
     def add(self, batch, values):
         """A batch's values: {name: (n,)}, or {name: ((n,), (n,))} for a sum over a sum. One is the "loss"."""
@@ -889,14 +888,15 @@ class Metrics:
             sums = torch.stack([value.detach().double().sum(), count.double().sum()])
             self.sums[name] = self.sums.get(name, 0) + sums
             if name == "loss":
-                self.seen.append((batch, value.detach()))
+                responses = batch.logps, batch.entropies, batch.ref_sums, batch.lengths
+                self.seen.append((batch.rows, value.detach(), *responses))
+        self.tokens += len(batch.ids)
 
     def mean(self, prefix=""):
         """{name: mean over all processes}, and the tokens per second that all of them computed together."""
         totals = torch.stack(list(self.sums.values())).cpu()  # waits for the device, so it comes first
         seconds = (time.perf_counter() - self.started) / self.run.world_size
-        tokens = sum(len(batch.ids) for batch, _ in self.seen)
-        totals = torch.cat([totals, torch.tensor([[tokens, seconds]]).double()])  # (names, 2)
+        totals = torch.cat([totals, torch.tensor([[self.tokens, seconds]]).double()])  # (names, 2)
         dist.all_reduce(totals)
         names = [prefix + name for name in (*self.sums, "tokens_per_second")]
         return dict(zip(names, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
@@ -904,8 +904,8 @@ class Metrics:
     def save_rows(self, split, step):
         """The values of each row of an evaluation, as eval/step-<step>.safetensors."""
         table = torch.zeros(2, *split.lengths.shape, device=self.run.device)
-        for batch, _ in self.seen:
-            table[:, batch.rows] = torch.stack([batch.logps, batch.entropies]).view(2, len(batch.rows), -1)
+        for rows, _, logps, entropies, *_ in self.seen:
+            table[:, rows] = torch.stack([logps, entropies]).view(2, len(rows), -1)
         dist.all_reduce(table)  # each row was one process's
         if self.run.rank == 0:
             values = dict(policy=table[0].cpu(), entropy=table[1].cpu(), lengths=split.lengths)
@@ -917,8 +917,8 @@ class Metrics:
 
 def check_reference(metrics, run):
     """Before the first update the policy is the reference. Reports the largest log-ratio per token, which
-    nothing but rounding in other company should make, and warns where there is more."""
-    drift = max(((batch.logps - batch.ref_sums) / batch.lengths).abs().max() for batch, _ in metrics.seen)
+    should be the rounding that varies with the micro-batch, and warns where there is more."""
+    drift = max(((logps - ref) / lengths).abs().max() for _, _, logps, _, ref, lengths in metrics.seen)
     dist.all_reduce(drift, dist.ReduceOp.MAX)
     limit = 1e-2 if run.compute_dtype == torch.bfloat16 else 1e-5
     warning = f" WARNING: above {limit}, so these do not compute the same" if drift > limit else ""
@@ -929,10 +929,10 @@ def stop_unless_finite(grad_norm, metrics, step):
     """Ends the run before an update that would spoil the weights; the last checkpoint stays as it is."""
     if math.isfinite(grad_norm):
         return
-    seen = [pair for batch, losses in metrics.seen for pair in zip(batch.rows, losses, strict=True)]
+    seen = [pair for rows, losses, *_ in metrics.seen for pair in zip(rows, losses, strict=True)]
     bad = [int(row) for row, loss in seen if not loss.isfinite()]
-    rows = f"loss not finite in rows {bad}" if bad else f"rows {sorted(int(row) for row, _ in seen)}"
-    raise SystemExit(f"stopped in step {step + 1}, before its update: gradient norm {grad_norm}, {rows}")
+    where = f"losses {'not ' if bad else ''}finite in rows {bad or sorted(int(row) for row, _ in seen)}"
+    raise SystemExit(f"stopped in step {step + 1}, before its update: gradient norm {grad_norm}, {where}")
 
 
 def learning_rate(step, last_step, args):
@@ -993,15 +993,15 @@ def checkpoints(run):
 
 
 def resume(model, optimizer, train, args, run):
-    """(first step, last step) of what is left to do, under `--resume` behind the newest checkpoint."""
+    """Prints the summary, makes AdamW's state and writes config.yaml; under `--resume` restores the newest
+    checkpoint. Returns (first step, last step)."""
     last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
     print_summary(model, train, last_step, args, run)
     found = checkpoints(run)[-1] if args.resume and checkpoints(run) else None
-    state = (
-        json.loads((found / "state.json").read_text()) if found else {"step": 0, "data": train.fingerprint}
-    )
+    new = {"step": 0, "data": train.fingerprint}
+    state = json.loads((found / "state.json").read_text()) if found else new
     if state["data"] != train.fingerprint:
-        fail(f"--resume: the training rows are not those of {found}")
+        fail(f"--resume: the training rows or the start model are not those of {found}")
     for parameter in model.parameters():  # AdamW's state as it is before the first step
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = moments | {"step": torch.tensor(float(state["step"]), device=run.device)}
@@ -1010,7 +1010,6 @@ def resume(model, optimizer, train, args, run):
         print0(f"resumed behind step {state['step']} from {found}")
     if run.rank == 0:
         settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "resume"}
-        run.output_dir.mkdir(parents=True, exist_ok=True)
         (run.output_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         (run.output_dir / "metrics.jsonl").touch()
         lines = (run.output_dir / "metrics.jsonl").read_text().splitlines(keepends=True)

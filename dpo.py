@@ -79,7 +79,7 @@ def preference_loss(policy, ref, args):
 
 
 def values_of(policy, ref, losses, chosen_rewards, rejected_rewards):
-    """What is reported of a batch, (B,) each, under TRL's names."""
+    """What is reported of a batch, (B,) each, under TRL's names where it has them."""
     values = {
         "loss": losses,
         "rewards/chosen": chosen_rewards,
