@@ -299,7 +299,8 @@ def test_errors_of_use_are_one_line(world, tmp_path, capsys, monkeypatch):
     assert "--betaa" in error(betaa=1)
     assert "--beta" in error(beta=0) and "--label_smoothing" in error(label_smoothing=0.5)
     assert "--alpha" in error(spo, alpha=-1) and "--batch_size" in error(batch_size=0)
-    assert "float" in error(beta="much")
+    assert "float" in error(beta="much") and "--max_steps" in error(max_steps=-1)
+    assert "/proc/nowhere" in refused(dpo, settings(world, "/proc/nowhere/run"), capsys, monkeypatch)
     assert "nowhere" in error(model=tmp_path / "nowhere")
     assert "nowhere.jsonl" in error(dataset=tmp_path / "nowhere.jsonl")
     assert "train_missing" in error(train_split="train_missing")
@@ -337,6 +338,28 @@ def test_other_rows_are_not_resumed_on(world, tmp_path, capsys, monkeypatch):
     assert "training rows or the start model" in refused(
         dpo, args | dict(resume=True, num_train_epochs=2), capsys, monkeypatch
     )
+
+
+def test_another_start_model_is_not_resumed_on(world, tmp_path, capsys, monkeypatch):
+    """The reference is the start model: with another one, half a run would have another reference."""
+    tiny.model(tmp_path / "model")
+    args = settings(world, tmp_path / "run", model=str(tmp_path / "model"), max_steps=2)
+    dpo.main(dpo.Args(**args))
+    tiny.model(tmp_path / "model", seed=1)
+    assert "start model" in refused(dpo, args | dict(resume=True, max_steps=4), capsys, monkeypatch)
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, world):
+    tiny.model(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config |= dict(
+        model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    )
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    (tmp_path / "model/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    done = run("dpo.py", settings(world, tmp_path / "out", model=tmp_path / "model"), input="y\n" * 9)
+    assert done.returncode == 2 and not (tmp_path / "ran").exists()
+    assert "Traceback" not in done.stderr
 
 
 def test_without_a_network_the_hub_is_named_within_seconds(tmp_path):
