@@ -69,6 +69,7 @@ FEATURES = datasets.Features(
 )
 INPUT_ERRORS = (OSError, ValueError, TypeError, RuntimeError, StopIteration, ImportError, yaml.YAMLError)
 INPUT_ERRORS += (SafetensorError, datasets.exceptions.DatasetGenerationError)
+OFFLINE = "without a network: --config recipes/toy.yaml"
 # What `--resume` lets change: how long the run is, how it is computed and reported, but not what it computes.
 MAY_CHANGE = """output_dir num_train_epochs max_steps tokens_per_micro_batch gradient_checkpointing
     eval_every save_every keep_checkpoints export_every report_to""".split()
@@ -126,9 +127,14 @@ def recipe_arguments(path, Args):
 
 def start(args):
     """Checks the settings and joins the processes that torchrun started; without it, a world of one."""
+    sys.excepthook = partial(explain, args)
     cuda = torch.cuda.is_available()
     if cuda:
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > (gpus := torch.cuda.device_count()):
+            fail(f"there are more processes than GPUs on this machine: give --nproc_per_node {gpus}")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        print0("no GPU: computing on the CPU, which is for small models (--config recipes/toy.yaml has one)")
     torch.use_deterministic_algorithms(not cuda)
     if not dist.is_initialized():
         # The others wait while rank 0 downloads and tokenizes: that may take more than the usual 10 minutes.
@@ -139,6 +145,19 @@ def start(args):
         if dist.get_rank() == 0:
             check_settings(args)
     return Run(args)
+
+
+def explain(args, kind, error, traceback):
+    """`sys.excepthook` of a run: says what the user can do where the error is not the program's own."""
+    if issubclass(kind, KeyboardInterrupt):
+        saved = any(Path(args.output_dir).glob("checkpoints/step-*/state.json"))
+        print0(f"interrupted; {'--resume goes on from the last' if saved else 'there was no'} checkpoint")
+    elif issubclass(kind, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        now = f"{args.tokens_per_micro_batch} now, and never less than a row: --max_length {args.max_length}"
+        advice = f"lower --tokens_per_micro_batch ({now}), give --gradient_checkpointing, or take more GPUs"
+        print(f"error: out of memory: {advice}\n{error}", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 @contextlib.contextmanager
@@ -207,6 +226,12 @@ class Run:
             shown = {"loss": "loss", "rewards/margins": "margin", "tokens_per_second": "tok/s"}
             self.bar.set_postfix({shown[name]: f"{metrics[name]:.4g}" for name in shown if name in metrics})
 
+    def close(self):
+        """Draws the curves where matplotlib is installed, and takes leave of the other processes."""
+        if self.rank == 0 and importlib.util.find_spec("matplotlib"):
+            draw_curves(self.output_dir)
+        dist.destroy_process_group()
+
 
 def open_tracker(args):
     """A function (metrics, step) that reports to wandb, trackio or tensorboard."""
@@ -230,7 +255,7 @@ def model_folder(name, weights=False):
         return Path(name)
     patterns = ["*.json", "*.jinja", "*.txt", "*.model"] + ["*.safetensors"] * weights
     copies = ["*/*", "consolidated*"]  # the weights again, in other formats
-    with failing(f"--model {name}: no such folder, and not to be had from the Hugging Face hub"):
+    with failing(f"--model {name}: no such folder, and not to be had from the Hugging Face hub ({OFFLINE})"):
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=copies))
 
 
@@ -294,7 +319,7 @@ def read_split(args, name, encode, layouts, tokenizer):
     if path.is_file() != (path.suffix in READERS):
         fail(f"--dataset: there is no file {path} ({', '.join(READERS)} are read)")
     source = path if path.is_file() else f"{args.dataset} {name}"
-    with failing(f"--dataset {source} cannot be read"):
+    with failing(f"--dataset {source} cannot be read" + f" ({OFFLINE})" * (not path.is_file())):
         if path.is_file():
             how = dict(data_files=glob.escape(str(path)), split="train")
             if path.suffix == ".csv":  # text stays text, also where it looks like a number or says "None"
@@ -915,6 +940,36 @@ class Metrics:
             save_file(values, path)
 
 
+PANELS = {
+    "loss": ["loss"],
+    "margin of the rewards": ["rewards/margins"],
+    "log-ratios to the reference, nats": ["logratios/chosen", "logratios/rejected"],
+    "log-probs, nats a token": ["logps/chosen_mean", "logps/rejected_mean"],
+    "accuracy": ["rewards/accuracies"],
+    "entropy, nats a token": ["entropy"],
+    "learning rate": ["learning_rate"],
+}
+
+
+def draw_curves(folder):
+    """Draws the metrics of a run over its steps, as curves.png: training in grey, evaluations in black."""
+    figures = importlib.import_module("matplotlib.figure")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    known = set().union(*lines)
+    panels = {title: names for title, names in PANELS.items() if {names[0], f"eval/{names[0]}"} & known}
+    rows = math.ceil(len(panels) / 3)
+    figure = figures.Figure(figsize=(12, 3 * rows), layout="constrained")
+    for place, (title, names) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(rows, 3, place, title=title, xlabel="step")
+        for name, dashes in zip(names, ("-", "--"), strict=False):
+            for prefix, look in ("", dict(color="0.6", lw=1)), ("eval/", dict(color="0", marker="o", ms=3)):
+                points = [(line["step"], line[prefix + name]) for line in lines if prefix + name in line]
+                if points:
+                    axis.plot(*zip(*points, strict=True), dashes, label=prefix + name, **look)
+        axis.legend(fontsize="small")
+    figure.savefig(folder / "curves.png", dpi=120)
+
+
 def check_reference(metrics, run):
     """Before the first update the policy is the reference. Reports the largest log-ratio per token, which
     should be the rounding that varies with the micro-batch, and warns where there is more."""
@@ -994,14 +1049,24 @@ def checkpoints(run):
 
 def resume(model, optimizer, train, args, run):
     """Prints the summary, makes AdamW's state and writes config.yaml; under `--resume` restores the newest
-    checkpoint. Returns (first step, last step)."""
+    checkpoint, and ends a run that has nothing left to do. Returns (first step, last step)."""
     last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
     print_summary(model, train, last_step, args, run)
-    found = checkpoints(run)[-1] if args.resume and checkpoints(run) else None
+    log, exported = run.output_dir / "metrics.jsonl", run.output_dir / "config.json"
+    lines = log.read_text().splitlines(keepends=True) if run.rank == 0 and log.is_file() else []
+    lines = [line for line in lines if line.endswith("\n")]  # a killed run may have left half a line
+    logged = json.loads(lines[-1])["step"] if lines else 0
+    finished = args.resume and exported.is_file() and logged >= last_step
+    plan = [checkpoints(run)[-1:] if args.resume else [], finished, logged]
+    dist.broadcast_object_list(plan)  # as rank 0 sees the folder
+    found, finished, logged = plan[0][0] if plan[0] else None, *plan[1:]
     new = {"step": 0, "data": train.fingerprint}
     state = json.loads((found / "state.json").read_text()) if found else new
     if state["data"] != train.fingerprint:
         fail(f"--resume: the training rows or the start model are not those of {found}")
+    if finished:
+        print0(f"nothing is left to do: the run in {run.output_dir} ended with step {logged} of {last_step}")
+        raise SystemExit(0)
     for parameter in model.parameters():  # AdamW's state as it is before the first step
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = moments | {"step": torch.tensor(float(state["step"]), device=run.device)}
@@ -1011,11 +1076,9 @@ def resume(model, optimizer, train, args, run):
     if run.rank == 0:
         settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "resume"}
         (run.output_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-        (run.output_dir / "metrics.jsonl").touch()
-        lines = (run.output_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
-        # A stopped run may have gone on behind its checkpoint, and been cut off in the middle of a line.
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-        (run.output_dir / "metrics.jsonl").write_text("".join(lines))
+        # A stopped run may have gone on behind its checkpoint.
+        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+        exported.unlink(missing_ok=True)  # a shorter run's model: this one has none before its end
     return state["step"], last_step
 
 

@@ -1,0 +1,180 @@
+"""What a newcomer meets: runs that have ended or are interrupted, too little memory, no GPU, no hub."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_runs import ROOT, command, metrics, one_world, run, settings  # noqa: F401 (a fixture)
+
+import common
+import dpo
+import sft
+import spo
+
+
+def test_a_run_that_has_ended_says_so(world, tmp_path, capsys):
+    args = settings(world, tmp_path / "run", max_steps=3)
+    dpo.main(dpo.Args(**args))
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    for shorter in ({}, {"max_steps": 2}):
+        done = run("dpo.py", args | shorter | {"resume": True})
+        assert done.returncode == 0 and not done.stderr.count("error")
+        assert f"nothing is left to do: the run in {tmp_path}/run ended with step 3" in done.stdout
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    dpo.main(dpo.Args(**args | {"resume": True, "max_steps": 5}))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_several_processes_end_together_where_nothing_is_left(world, tmp_path):
+    args = settings(world, tmp_path / "run", max_steps=2, save_every=0)
+    dpo.main(dpo.Args(**args))
+    done = run("dpo.py", args | {"resume": True}, 2, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("nothing is left to do") == 1
+
+
+def test_a_run_without_its_model_is_not_taken_for_ended(world, tmp_path, monkeypatch):
+    """Stopped behind its last checkpoint, before the export, though a shorter run had left a model there."""
+    args = settings(world, tmp_path / "run", max_steps=2)
+    dpo.main(dpo.Args(**args))
+    before = load_file(tmp_path / "run/model.safetensors")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(common, "export", lambda *_: 1 / 0)
+        dpo.main(dpo.Args(**args | {"resume": True, "max_steps": 4}))
+    torch.distributed.destroy_process_group()
+    assert not (tmp_path / "run/config.json").exists()
+    dpo.main(dpo.Args(**args | {"resume": True, "max_steps": 4}))
+    after = load_file(tmp_path / "run/model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_ctrl_c_says_how_to_go_on(world, tmp_path):
+    args = settings(world, tmp_path / "run", num_train_epochs=500)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command("dpo.py", args), **pipes) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("run/checkpoints/step-*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT  # a shell shows 130
+    assert "interrupted; --resume goes on from the last checkpoint" in out and "Traceback" not in err
+
+
+def patched_run(tmp_path, patch, options):
+    """The real script in a process of its own, in which `patch` has been executed."""
+    path = [str(ROOT), str(ROOT / "tests")]
+    code = f"import sys\nsys.path[:0] = {path}\nimport common, dpo, torch\n{patch}\n"
+    (tmp_path / "patched.py").write_text(code + "dpo.main(common.parse_args(dpo.Args))\n")
+    return run(tmp_path / "patched.py", options, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "raising",
+    [
+        "torch.empty(1 << 60)",
+        "raise_(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9 GiB.'))",
+    ],
+    ids=["CPU", "GPU"],
+)
+def test_out_of_memory_names_the_settings_to_turn(world, tmp_path, raising):
+    patch = f"def raise_(error):\n    raise error\ndpo.preference_loss = lambda *_: {raising}"
+    done = patched_run(tmp_path, patch, settings(world, tmp_path / "run"))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    message = next(line for line in done.stderr.splitlines() if "error: out of memory" in line)
+    assert "--tokens_per_micro_batch (600 now" in message and "--gradient_checkpointing" in message
+    assert "allocate" in done.stderr
+
+
+def test_any_other_error_keeps_its_traceback(world, tmp_path):
+    done = patched_run(tmp_path, "dpo.preference_loss = lambda *_: 1 / 0", settings(world, tmp_path / "run"))
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+def test_more_processes_than_gpus_is_an_error_of_use(world, tmp_path):
+    patch = "import os\nos.environ['LOCAL_WORLD_SIZE'] = '8'\n"
+    patch += "torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 2"
+    done = patched_run(tmp_path, patch, settings(world, tmp_path / "run"))
+    assert done.returncode == 2
+    assert (
+        done.stderr == "error: there are more processes than GPUs on this machine: give --nproc_per_node 2\n"
+    )
+
+
+def test_no_gpu_is_said(uninterrupted_output):
+    assert "no GPU: computing on the CPU" in uninterrupted_output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_output(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return run("sft.py", settings(world, out, max_steps=2, batch_size=16)).stdout
+
+
+@pytest.mark.parametrize("missing", ["model", "dataset"])
+def test_without_the_hub_the_toy_recipe_is_named(world, tmp_path, missing):
+    """A closed local port stands for the hub, so that the test needs no network and cannot reach one."""
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    done = run("dpo.py", settings(world, tmp_path / "run", **{missing: "someone/something"}), env=environment)
+    assert done.returncode == 2 and done.stderr.count("error:") == 1
+    message = next(line for line in done.stderr.splitlines() if line.startswith("error:"))
+    assert f"--{missing} someone/something" in message and "--config recipes/toy.yaml" in message
+
+
+def drawn(folder, monkeypatch):
+    """{title of a panel: {label: (steps, values)}} of the curves that a folder's metrics give."""
+    figures = pytest.importorskip("matplotlib.figure")
+    made = []
+
+    class Figure(figures.Figure):
+        def savefig(self, *args, **kwargs):
+            made.append(self)
+            super().savefig(*args, **kwargs)
+
+    monkeypatch.setattr(figures, "Figure", Figure)
+    common.draw_curves(folder)
+    return {
+        axis.get_title(): {
+            line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()
+        }
+        for axis in made[0].axes
+    }
+
+
+def test_the_curves_show_the_metrics(world, tmp_path, monkeypatch):
+    spo.main(spo.Args(**settings(world, tmp_path / "run", eval_every=4)))
+    assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
+    panels = drawn(tmp_path / "run", monkeypatch)
+    lines = metrics(tmp_path / "run")
+    accuracy = panels["accuracy"]
+    assert accuracy["rewards/accuracies"] == (
+        list(range(1, 11)), [line["rewards/accuracies"] for line in lines]
+    )  # fmt: skip
+    assert accuracy["eval/rewards/accuracies"][0] == [4, 8, 10]
+    ratios = panels["log-ratios to the reference, nats"]
+    assert ratios["logratios/rejected"][1] == [line["logratios/rejected"] for line in lines]
+    assert ratios.keys() >= {"logratios/chosen", "eval/logratios/chosen", "eval/logratios/rejected"}
+    assert panels["entropy, nats a token"].keys() == {"eval/entropy"}
+    assert {"loss", "margin of the rewards", "learning rate"} <= panels.keys()
+
+
+def test_the_curves_of_chats_have_no_empty_panels(tmp_path, monkeypatch):
+    lines = [{"step": 1, "loss": 2.0, "learning_rate": 0.0}, {"step": 2, "loss": 1.5, "learning_rate": 1e-3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    panels = drawn(tmp_path, monkeypatch)
+    assert panels == {
+        "loss": {"loss": ([1, 2], [2.0, 1.5])}, "learning rate": {"learning_rate": ([1, 2], [0.0, 1e-3])}
+    }  # fmt: skip
+
+
+def test_a_run_needs_no_matplotlib(world, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "matplotlib" and find_spec(name))
+    sft.main(sft.Args(**settings(world, tmp_path / "run", max_steps=1, batch_size=16)))
+    assert (tmp_path / "run/config.json").exists() and not (tmp_path / "run/curves.png").exists()
