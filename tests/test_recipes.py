@@ -128,7 +128,9 @@ def test_stapo(parse, key):
         has(stapo, dataset="HuggingFaceH4/ultrafeedback_binarized")
     else:  # with the Z of DPO, the margins are the same in units of reward, beta times nats
         other = parse(f"{stem}-dpo-contrast", "stapo")
-        has(other, contrast="dpo", model=model, dataset=stapo.dataset, num_train_epochs=5)
+        has(other, contrast="dpo", model=model, learning_rate=dpo_learning_rate)
+        shared = "dataset num_train_epochs batch_size max_length warmup_ratio export_every".split()
+        has(other, **{name: getattr(stapo, name) for name in shared})
         assert other.beta * other.margin_left == pytest.approx(beta * 0.6)
         assert other.beta * other.margin_right == pytest.approx(beta * 0.8)
 
@@ -145,7 +147,9 @@ def test_spo(parse, stem, model):
     has(sft, model=model, dataset="HuggingFaceH4/ultrachat_200k", learning_rate=2e-5)
     for args in (spo, dpo, ipo, kto):  # "start from the same SFT checkpoint" (Section 5.1)
         has(args, model=sft.output_dir, dataset="HuggingFaceH4/ultrafeedback_binarized", learning_rate=5e-7)
-    has(dpo, label_smoothing=0.1)  # Section 5.1
+        has(args, num_train_epochs=1, max_length=2048, warmup_ratio=0.1)
+    has(dpo, label_smoothing=0.1, beta=spo.beta)  # Section 5.1; beta is not given
+    has(kto, beta=spo.beta)
     assert not ipo.length_normalize and 1 / (2 * ipo.beta) == 1 / spo.beta  # "optimal solutions coincide"
     assert 0 < spo.beta <= spo.alpha  # else the minimum makes the chosen answer less likely
     assert kto.batch_size == 2 * spo.batch_size and kto.desirable_weight == kto.undesirable_weight
