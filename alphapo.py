@@ -1,0 +1,163 @@
+"""AlphaPO, SimPO with a reward of adjustable shape (Gupta et al., 2025), https://arxiv.org/abs/2501.03884v4
+
+    a    = log pi(y|x) / |y|, or log (pi(y|x)/ref(y|x)) / |y| with --use_reference     (appendix A.4)
+    r(y) = beta (1 - exp(-alpha a)) / alpha, and beta a for alpha 0                    (Eq. 3)
+    loss = -log sigmoid(r(y_w) - r(y_l) - gamma), gamma = beta gamma_beta_ratio        (Eq. 4)
+
+y_w is the chosen completion, y_l the rejected one, |y| the number of its tokens, pi the policy, and ref the
+policy before its first step. A log-prob is the sum over the completion's tokens, its end token included, in
+nats, so a is in nats per token. With alpha 0 this is SimPO (Meng et al., 2024,
+https://arxiv.org/abs/2405.14734v3), exactly.
+
+Minimum: none; the loss falls towards 0 as r(y_w) - r(y_l) grows. For alpha < 0 without a reference, r lies
+between beta / alpha and 0, so that the loss stays above log(1 + exp(gamma + beta / alpha)). The slope of r
+along a is beta exp(-alpha a): alpha > 0 pulls most at unlikely completions, alpha < 0 at likely ones. Where
+-alpha a exceeds 88, float32 overflows, and the run stops before that update.
+
+Departures from the paper: the loss is its own, by expm1, as 1 - exp(-alpha a) loses all digits near alpha 0.
+Its Eq. 10 (Corollary 3.3) has the ratio |grad pi_w|^2 / <grad pi_w, grad pi_l> upside down; section 3.1
+defines pi_l by y_w; section 3.3 has larger |alpha| for smaller; and Illustration 1 cuts 1.640 and 5.606e-11
+off at 1.63 and 5.60e-11. The defaults are Table 3's for Mistral, with the learning rate of Llama 3.
+
+    python alphapo.py --model MODEL_FOLDER --dataset DATA_FOLDER --max_steps 100
+    torchrun --nproc_per_node 8 alphapo.py --alpha 0.25
+    diff dpo.py alphapo.py
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from transformers.hf_argparser import HfArg
+
+import common
+
+
+@dataclass
+class Args:
+    alpha: float = HfArg(default=0.25, help="shape of the reward, of any sign; 0 is SimPO")
+    beta: float = HfArg(default=2.5, help="scale of the rewards")
+    gamma_beta_ratio: float = HfArg(default=0.1, help="margin between the rewards, in units of beta")
+    use_reference: bool = HfArg(default=False, help="log-ratios to the start model instead of log-probs")
+    learning_rate: float = HfArg(default=1e-6, help="peak of the schedule")
+
+    model: str = HfArg(default="Qwen/Qwen2.5-7B-Instruct", help="hub name or folder of the start model")
+    dataset: str = HfArg(default="HuggingFaceH4/ultrafeedback_binarized", help="hub name, folder or file")
+    train_split: str = HfArg(default="train_prefs", help="split to train on")
+    eval_split: str = HfArg(default="test_prefs", help="split to evaluate on; empty for none")
+    output_dir: str = HfArg(default=f"runs/{Path(__file__).stem}", help="folder for all that the run writes")
+    num_train_epochs: int = HfArg(default=1, help="passes over the training rows")
+    max_steps: int = HfArg(default=0, help="optimizer steps, instead of epochs; 0 is off")
+    batch_size: int = HfArg(default=128, help="rows of an optimizer step, over all processes")
+    tokens_per_micro_batch: int = HfArg(default=7168, help="tokens computed at once by a process: the memory")
+    max_length: int = HfArg(default=2048, help="tokens of a prompt with one completion; longer ones are cut")
+    warmup_ratio: float = HfArg(default=0.1, help="share of the steps in which the learning rate rises")
+    max_grad_norm: float = HfArg(default=1.0, help="longer gradients are scaled down to this")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, slower")
+    eval_every: int = HfArg(default=100, help="steps between evaluations; 0 is off")
+    save_every: int = HfArg(default=100, help="steps between checkpoints for --resume; 0 is off")
+    keep_checkpoints: int = HfArg(default=1, help="how many of the newest checkpoints to keep")
+    export_every: int = HfArg(default=0, help="steps between whole models in output_dir/models; 0 is off")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
+    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = HfArg(default="none", help="tracker")
+    seed: int = HfArg(default=42, help="order of the rows; weights of a model that has none")
+
+    def __post_init__(self):
+        if self.beta <= 0:
+            raise ValueError("--beta must be above 0: at 0 no pair has a gradient")
+        if self.gamma_beta_ratio < 0:
+            raise ValueError("--gamma_beta_ratio must be at least 0: it is the lead that chosen must have")
+
+
+def uses_reference(args):
+    return args.use_reference
+
+
+def preference_loss(policy, ref, args):
+    """policy, ref: common.PairLogps, sums in nats. Returns losses, chosen_rewards, rejected_rewards: (B,).
+    The rewards are r of the docstring above, detached."""
+    chosen, rejected = policy.chosen, policy.rejected  # (B,)
+    if args.use_reference:
+        chosen, rejected = chosen - ref.chosen, rejected - ref.rejected
+    chosen, rejected = chosen / policy.chosen_lengths, rejected / policy.rejected_lengths  # a
+    if args.alpha != 0:  # 1 - exp(-alpha a) would lose all digits near 0
+        chosen, rejected = (-torch.expm1(-args.alpha * a) / args.alpha for a in (chosen, rejected))
+    losses = -F.logsigmoid(args.beta * (chosen - rejected - args.gamma_beta_ratio))
+    return losses, args.beta * chosen.detach(), args.beta * rejected.detach()
+
+
+def values_of(policy, ref, losses, chosen_rewards, rejected_rewards):
+    """What is reported of a batch, (B,) each, under TRL's names where it has them."""
+    values = {
+        "loss": losses,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).double(),
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+        "logps/chosen_mean": policy.chosen / policy.chosen_lengths,
+        "logps/rejected_mean": policy.rejected / policy.rejected_lengths,
+    }
+    if ref is not None:
+        values["logratios/chosen"] = policy.chosen - ref.chosen
+        values["logratios/rejected"] = policy.rejected - ref.rejected
+    return values
+
+
+@torch.no_grad()
+def evaluate(model, held_out, step, args, run):
+    """The metrics of the held-out rows; the values of each row go to output_dir/eval."""
+    metrics = common.Metrics(run)
+    for batch in common.whole_split(held_out, "evaluate", args, run):
+        policy = common.pair_logps(model, batch, entropy=True)
+        losses, chosen_rewards, rejected_rewards = preference_loss(policy, batch.ref, args)
+        metrics.add(batch, values_of(policy, batch.ref, losses, chosen_rewards, rejected_rewards))
+    metrics.save_rows(held_out, step)
+    return metrics.mean("eval/")
+
+
+def main(args):
+    run = common.start(args)
+    tokenizer = common.load_tokenizer(args.model)
+    train, held_out = common.load_pairs(args, tokenizer)
+    model = common.load_model(args, run)
+    if uses_reference(args):
+        common.add_reference(model, train, held_out, args, run)  # the policy before its first step
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    first_step, last_step = common.resume(model, optimizer, train, args, run)
+
+    for step in run.progress(first_step, last_step):
+        metrics = common.Metrics(run)
+        for batch in common.micro_batches(train, step, args, run):  # this process's share of the step's pairs
+            policy = common.pair_logps(model, batch)  # (B,) each
+            losses, chosen_rewards, rejected_rewards = preference_loss(policy, batch.ref, args)
+            # FSDP takes the mean over processes; what remains is the mean over the step's pairs.
+            (losses.sum() * run.world_size / args.batch_size).backward()
+            metrics.add(batch, values_of(policy, batch.ref, losses, chosen_rewards, rejected_rewards))
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = grad_norm.full_tensor().item()
+        common.stop_unless_finite(grad_norm, metrics, step)
+        if step == 0 and uses_reference(args):
+            common.check_reference(metrics, run)
+        learning_rate = optimizer.param_groups[0]["lr"] = common.learning_rate(step, last_step, args)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        results = metrics.mean() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        if held_out and common.due(args.eval_every, done, last_step):
+            results |= evaluate(model, held_out, done, args, run)
+        run.log(done, results)
+        if common.due(args.save_every, done, last_step):
+            common.save_checkpoint(model, optimizer, train, done, args, run)
+        if args.export_every and done % args.export_every == 0:
+            common.export(model, tokenizer, args, run, run.output_dir / "models" / f"step-{done:06d}")
+    common.export(model, tokenizer, args, run)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(common.parse_args(Args))
