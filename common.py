@@ -272,8 +272,10 @@ class Split:
         self.rows = rows  # columns as in FEATURES
         self.tokens = np.array(rows["tokens"][:])  # (rows,)
         self.lengths = torch.tensor(rows["lengths"][:])  # (rows, responses)
+        self.labels = torch.tensor(rows["label"][:])  # (rows,) bool, of labelled rows
         self.fingerprint = hashlib.sha256("".join(rows["digest"][:]).encode()).hexdigest()
         self.ref = None  # (rows, responses) float32 log-probs, from add_reference
+        self.mismatched = None  # a Split of these prompts with other rows' responses, where it is needed
 
     def __len__(self):
         return len(self.tokens)
@@ -588,6 +590,7 @@ class Batch:
     targets: Tensor  # (N,) the scored tokens
     owners: Tensor  # (N,) their responses
     lengths: Tensor  # (R,) scored tokens of each response
+    labels: Tensor  # (B,) bool, of labelled rows
     ref_sums: Tensor | None  # (R,) the reference's log-probs
     step_tokens: int  # scored tokens of the whole step, on all processes
     logps: Tensor | None = None  # (R,) the policy's, once they are computed
@@ -622,7 +625,8 @@ def pack(split, rows, step_tokens, device):
     lengths = split.lengths[rows].flatten().to(device)
     ref_sums = None if split.ref is None else split.ref[rows].flatten().to(device)
     counts = dict(key_lengths=key_lengths, query_lengths=query_lengths, starts=starts, lengths=lengths)
-    return Batch(rows=rows, **tensors, **counts, ref_sums=ref_sums, step_tokens=step_tokens)
+    labels = split.labels[rows].to(device)
+    return Batch(rows=rows, **tensors, **counts, labels=labels, ref_sums=ref_sums, step_tokens=step_tokens)
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling, batch=None, **options):
@@ -918,13 +922,14 @@ class Metrics:
         self.tokens += len(batch.ids)
 
     def mean(self, prefix=""):
-        """{name: mean over all processes}, and the tokens per second that all of them computed together."""
+        """{name: mean over all processes}, but for names to which no row added anything, and the tokens per
+        second that all of them computed together."""
         totals = torch.stack(list(self.sums.values())).cpu()  # waits for the device, so it comes first
         seconds = (time.perf_counter() - self.started) / self.run.world_size
         totals = torch.cat([totals, torch.tensor([[self.tokens, seconds]]).double()])  # (names, 2)
         dist.all_reduce(totals)
         names = [prefix + name for name in (*self.sums, "tokens_per_second")]
-        return dict(zip(names, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
+        return {name: total / n for name, (total, n) in zip(names, totals.tolist(), strict=True) if n}
 
     def save_rows(self, split, step):
         """The values of each row of an evaluation, as eval/step-<step>.safetensors."""

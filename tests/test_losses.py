@@ -5,15 +5,19 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import alphapo
 import common
 import dpo
 import ipo
+import kto
 import sft
 import spo
+import stapo
 
 HERE = Path(__file__).parent
 VECTORS = json.loads((HERE / "vectors.json").read_text())
@@ -76,6 +80,52 @@ def spo_results(case, dtype):
     return pair_results(spo, case, dtype, beta=knobs["beta"], alpha=knobs["alpha"] or 0)
 
 
+def stapo_results(case, dtype):
+    knobs = case["hyperparameters"]
+    contrast = {(False, True): "simpo", (True, False): "dpo"}[knobs["use_ref"], knobs["length_normalize"]]
+    margins = dict(margin_left=knobs["m_l"], margin_right=knobs["m_r"])
+    return pair_results(stapo, case, dtype, beta=knobs["beta"], contrast=contrast, **margins)
+
+
+def alphapo_results(case, dtype):
+    """Also SimPO's cases, which have no alpha: it is AlphaPO at 0."""
+    knobs = case["hyperparameters"]
+    knobs = dict(alpha=0.0) | knobs | dict(gamma_beta_ratio=knobs["gamma"] / knobs["beta"])
+    names = "alpha", "beta", "gamma_beta_ratio"
+    settings = {name: knobs[name] for name in names} | dict(use_reference=knobs["use_ref"])
+    return pair_results(alphapo, case, dtype, **settings)
+
+
+def kto_results(case, dtype):
+    inputs = {name: torch.tensor(values, dtype=dtype) for name, values in case["inputs"].items()}
+    policy, desirable = inputs["policy_logps"].requires_grad_(), inputs["labels"].bool()
+    kl = inputs["kl"] if "kl" in inputs else z0(inputs["policy_kl_logps"], inputs["ref_kl_logps"])
+    args = settings(kto, **case["hyperparameters"])
+    losses, rewards = kto.kto_loss(policy, inputs["ref_logps"], desirable, kl, args)
+    assert losses.dtype == rewards.dtype == dtype and not rewards.requires_grad
+    losses.mean().backward()
+    return {
+        "kl": kl.item(),
+        "losses": losses.tolist(),
+        "loss": losses.mean().item(),
+        "grads": {"policy_logps": policy.grad.tolist()},
+        "rewards": rewards.tolist(),
+    }
+
+
+def z0(policy_logps, ref_logps):
+    """What kto.py makes of the log-probs (rows,) of mismatched pairs, in micro-batches of three."""
+
+    def model(batch, entropy):
+        return batch.policy, None
+
+    splits = zip(policy_logps.split(3), ref_logps.split(3), strict=True)
+    batches = [SimpleNamespace(policy=policy, ref_sums=ref) for policy, ref in splits]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_reduce", lambda total: None)  # one process
+        return kto.reference_point(model, batches, SimpleNamespace(device="cpu"))
+
+
 def sft_results(case, dtype):
     logps = torch.tensor(case["inputs"]["policy_chosen_logps"], dtype=dtype, requires_grad=True)
     loss = sft.sft_loss(logps, torch.tensor(case["inputs"]["chosen_lengths"]))
@@ -84,7 +134,8 @@ def sft_results(case, dtype):
     return {"losses": None, "loss": loss.item(), "grads": {"policy_chosen_logps": logps.grad.tolist()}}
 
 
-RESULTS = {"sft": sft_results, "dpo": dpo_results, "ipo": ipo_results, "spo": spo_results}
+RESULTS = {"sft": sft_results, "dpo": dpo_results, "ipo": ipo_results, "kto": kto_results}
+RESULTS |= {"spo": spo_results, "stapo": stapo_results, "simpo": alphapo_results, "alphapo": alphapo_results}
 
 # Forms of a loss that no script has: sums and sequence means of SFT, robust DPO, and StaPO's margin from sums
 # without a reference or from means with one.
@@ -92,29 +143,20 @@ NOT_OFFERED = [f"public-sft-{number:02}" for number in (1, 2, 4, 5, 7, 8, 10, 11
 NOT_OFFERED += [f"public-dpo_robust-{number:02}" for number in range(4)]
 NOT_OFFERED += ["public-stapo-05", "public-stapo-06"]
 
-# Methods whose script is still to come, and that script.
-WAITING = {"kto": "kto", "stapo": "stapo", "simpo": "alphapo", "alphapo": "alphapo"}
-
 OFFERED = [case for case in VECTORS["cases"] if case["id"] not in NOT_OFFERED]
-RUN = [case for case in OFFERED if case["method"] in RESULTS]
 
 
 def test_every_case_is_run_or_named_above():
     assert len(VECTORS["cases"]) == len({case["id"] for case in VECTORS["cases"]}) == 112
     assert len(OFFERED) == 112 - 14 == 112 - len(NOT_OFFERED)
-    counts = {"sft": 4, "dpo": 12, "ipo": 12, "spo": 12}  # of those that run
-    counts |= {"kto": 12, "stapo": 10, "simpo": 12, "alphapo": 24}  # of those that wait
+    counts = {"sft": 4, "dpo": 12, "ipo": 12, "spo": 12}
+    counts |= {"kto": 12, "stapo": 10, "simpo": 12, "alphapo": 24}
     assert Counter(case["method"] for case in OFFERED) == counts
-    assert RESULTS.keys() | WAITING.keys() == counts.keys() and not RESULTS.keys() & WAITING.keys()
-
-
-@pytest.mark.parametrize("script", sorted(set(WAITING.values())))
-def test_no_case_waits_for_a_script_that_is_there(script):
-    assert not (HERE.parent / f"{script}.py").exists(), f"{script}.py needs an entry in RESULTS"
+    assert RESULTS.keys() == counts.keys()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("case", RUN, ids=lambda case: case["id"])
+@pytest.mark.parametrize("case", OFFERED, ids=lambda case: case["id"])
 def test_loss_gradient_and_rewards(case, dtype):
     if dtype == torch.float32 and not case["float32_finite"]:
         pytest.skip("beyond float32")
@@ -200,24 +242,26 @@ def test_slices_cover_all_rows_within_their_size():
     assert common.slices(hidden, torch.empty(100, 0)) == [slice(0, 2**26 // 100)]
 
 
-def loss_at(script, logratios, lengths=(1, 1), **knobs):
-    """The loss of one pair with the log-ratios (r_w, r_l), a tensor: 0-d."""
-    ref = common.PairLogps(*torch.tensor([[-70.0], [-90.0]]).double(), *torch.tensor(lengths)[:, None])
-    policy = ref._replace(chosen=ref.chosen + logratios[0], rejected=ref.rejected + logratios[1])
-    return script.preference_loss(policy, ref, settings(script, **knobs))[0][0]
+def loss_at(script, point, lengths=(1, 1), **knobs):
+    """The loss of one pair, 0-d, at (r_w, r_l): log-ratios, or log-probs where the loss has no reference."""
+    args = settings(script, **knobs)
+    sums = torch.tensor([[-70.0], [-90.0]]).double() * script.uses_reference(args)
+    ref = common.PairLogps(*sums, *torch.tensor(lengths)[:, None])
+    policy = ref._replace(chosen=ref.chosen + point[0], rejected=ref.rejected + point[1])
+    return script.preference_loss(policy, ref if script.uses_reference(args) else None, args)[0][0]
 
 
 def loss_and_slopes(script, r_w, r_l, **knobs):
-    """[loss, its slope along r_w, its slope along r_l] of one pair with these log-ratios."""
-    logratios = torch.tensor([r_w, r_l], dtype=torch.float64, requires_grad=True)
-    loss = loss_at(script, logratios, **knobs)
-    return [loss.item(), *torch.autograd.grad(loss, logratios)[0].tolist()]
+    """[loss, its slope along r_w, its slope along r_l] of one pair at this point."""
+    point = torch.tensor([r_w, r_l], dtype=torch.float64, requires_grad=True)
+    loss = loss_at(script, point, **knobs)
+    return [loss.item(), *torch.autograd.grad(loss, point)[0].tolist()]
 
 
 def curvature(script, r_w, r_l, **knobs):
     """The 2 x 2 second derivatives of the loss along (r_w, r_l)."""
-    logratios = torch.tensor([r_w, r_l], dtype=torch.float64)
-    return torch.autograd.functional.hessian(lambda point: loss_at(script, point, **knobs), logratios)
+    point = torch.tensor([r_w, r_l], dtype=torch.float64)
+    return torch.autograd.functional.hessian(lambda point: loss_at(script, point, **knobs), point)
 
 
 def close(*values):
@@ -360,18 +404,225 @@ def test_ipo_and_spo_share_their_target_by_default():
     assert loss_and_slopes(spo, 4.0, -6.0, alpha=0.0) == close(-1 / math.e, 0, 0)
 
 
+def kto_loss_and_slope(r, desirable, kl, dtype=torch.float64, **knobs):
+    """[loss, its slope along r] of one row with this log-ratio."""
+    r = torch.tensor([r], dtype=dtype, requires_grad=True)
+    labels, kl = torch.tensor([desirable]), torch.tensor(kl, dtype=dtype)
+    losses, _ = kto.kto_loss(r, torch.zeros_like(r), labels, kl, settings(kto, **knobs))
+    return [losses.item(), torch.autograd.grad(losses, r)[0].item()]
+
+
 @pytest.mark.parametrize(
-    "script, loss, along_chosen, along_rejected",
-    [(dpo, math.log(2), -0.05, 0.05), (ipo, 100, -20, 20), (spo, 0, -0.1, 0.3)],
-    ids=["dpo", "ipo", "spo"],
+    "r, desirable, loss, slope",
+    [
+        (12.0, True, 0.537882842739990, -0.0393223866482964),
+        (12.0, False, 2.193175735890015, 0.0589835799724446),
+        (2.0, True, 1.0, -0.05),
+        (2.0, False, 1.5, 0.075),
+    ],
 )
-def test_the_first_step_raises_chosen_and_lowers_rejected(script, loss, along_chosen, along_rejected):
-    """By default, at r_w = r_l = 0, where sigmoid(0) = 1/2 and SPO's f'(0) = -1:
-    DPO  log 2               along r_w  -beta / 2  = -0.05   along r_l  0.05
-    IPO  1 / (4 beta^2)=100             -1 / beta  = -20                20
-    SPO  0                              -beta      = -0.1               beta + alpha = 0.3
+def test_kto_by_hand(r, desirable, loss, slope):
+    """beta = 0.1, w_D = 2, w_U = 3, z0 = 2. x = beta (r - z0); s(x) s(-x) is 0.25 at 0 and 0.1966119 at 1.
+    r   label  x  loss                              slope
+    12  true   1  w_D s(-1) = 2 * 0.2689414 = 0.5378828  -w_D beta 0.1966119 = -0.0393224
+    12  false  1  w_U s(1)  = 3 * 0.7310586 = 2.1931757   w_U beta 0.1966119 =  0.0589836
+     2  true   0  w_D / 2   = 1                          -w_D beta / 4       = -0.05
+     2  false  0  w_U / 2   = 1.5                         w_U beta / 4       =  0.075
     """
-    found, *slopes = loss_and_slopes(script, 0.0, 0.0)
-    assert found == pytest.approx(loss, abs=1e-9)
-    assert slopes == close(along_chosen, along_rejected)
+    knobs = dict(beta=0.1, desirable_weight=2.0, undesirable_weight=3.0)
+    assert kto_loss_and_slope(r, desirable, 2.0, **knobs) == close(loss, slope)
+
+
+def test_kto_keeps_its_gradient_in_the_tail():
+    """beta = 1, r - z0 = 20: loss s(-20) = 1 / (1 + e^20) = 2.0611537e-9, slope its opposite to 9 digits. In
+    float32 1 - s(20) is 0, and s(20) (1 - s(20)), its slope, is 0, too."""
+    found = kto_loss_and_slope(20.0, True, 0.0, torch.float32, beta=1.0)
+    assert found == pytest.approx([2.0611537e-9, -2.0611537e-9], rel=1e-6)
+
+
+def test_z0_is_a_mean_of_log_ratios_that_is_not_negative():
+    policy, ref = torch.tensor([-1.0, -2.0, -6.0, -7.0]), torch.tensor([-4.0, -3.0, -8.0, -5.0])
+    assert z0(policy, ref).item() == (3 + 1 + 2 - 2) / 4
+    assert z0(ref, policy).item() == 0  # not -1
+
+
+def test_stapo_is_lowest_midway_between_its_margins():
+    """beta = 2.5, margins 0.6 and 0.8; completions of 4 and 2 tokens, y_l at -1.7 nats a token.
+    Z = 0.7: both terms are log(1 + e^(-2.5 * 0.1)) = log(1 + 0.7788008) = 0.5759394, together 1.1518788
+    The slope along Z, beta (s(beta (Z - m_r)) - s(beta (m_l - Z))), is 0 there.
+    Z = 0.63, where the paper sees Z converge: 2.5 (s(-0.425) - s(-0.075)) = 2.5 (0.3953209 - 0.4812588)
+      = -0.2148447, not flat. The chosen sum moves Z by 1/4, the rejected one by -1/2 (the factors 1 / |y|
+      that the paper's Eq. 8 lacks): -0.0537112 and 0.1074223
+    """
+
+    def at(z):
+        return loss_and_slopes(stapo, 4 * (z - 1.7), 2 * -1.7, lengths=(4, 2))
+
+    assert at(0.7) == close(1.151878839757687, 0, 0)
+    assert min(at(0.69)[0], at(0.71)[0]) > at(0.7)[0]
+    assert at(0.63)[1:] == pytest.approx([-0.0537112, 0.1074223], abs=1e-7)
+    assert at(0.77)[1:] == pytest.approx([0.0537112, -0.1074223], abs=1e-7)  # symmetric about the midpoint
+    assert [at(z)[1] * 4 for z in (-40.0, 40.0)] == close(-2.5, 2.5)  # linear tails of slope beta
+
+
+def test_stapo_between_equal_margins_is_dpo_with_a_label_of_one_half():
+    """-log s(x) - log s(-x) is twice -(1/2) log s(x) - (1/2) log s(-x), about the margin instead of 0."""
+    between = loss_and_slopes(stapo, 9.0, 4.0, contrast="dpo", beta=0.3, margin_left=2.0, margin_right=2.0)
+    half = loss_and_slopes(dpo, 7.0, 4.0, beta=0.3, label_smoothing=0.5)
+    assert between == close(*[2 * value for value in half])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("contrast", ["simpo", "dpo"])
+def test_stapo_with_one_margin_is_simpo(dtype, contrast):
+    """margin_right inf leaves -log s(beta (Z - m_l)), SimPO with gamma = beta m_l: alphapo.py at alpha 0. For
+    completions of one token the same holds of log-ratios."""
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    lengths = torch.randint(1, 700 if contrast == "simpo" else 2, (2, 64), generator=generator)
+    sums = -9 * torch.rand((4, 64), generator=generator, dtype=dtype) * lengths.repeat(2, 1)
+    ref = common.PairLogps(*sums[:2], *lengths)
+    for script, knobs in (
+        (stapo, dict(contrast=contrast, margin_left=0.4, margin_right=math.inf)),
+        (alphapo, dict(alpha=0.0, gamma_beta_ratio=0.4, use_reference=contrast == "dpo")),
+    ):
+        policy = common.PairLogps(*sums[2:].clone().requires_grad_(), *lengths)
+        losses, *rewards = script.preference_loss(policy, ref, settings(script, **knobs))
+        grads = torch.autograd.grad(losses.sum(), [policy.chosen, policy.rejected])
+        results.append([losses.detach(), *rewards, *grads])
+        assert all(value.isfinite().all() for value in results[-1])
+    torch.testing.assert_close(*results, rtol=1e-6 if dtype == torch.float32 else 1e-14, atol=0)
+
+
+def test_alphapo_by_hand():
+    """alpha = 1, beta = 1, gamma = 0.5; y_w has 2 tokens at log 1/2 each, y_l one at log 1/4: r = 1 - e^-a.
+    r_w = 1 - 2 = -1,  r_l = 1 - 4 = -3,  X = -1 + 3 - 0.5 = 1.5,  loss log(1 + e^-1.5) = 0.2014133
+    s(-1.5) = 0.1824255;  along y_w -s(-1.5) e^-a / 2 = -0.1824255, along y_l s(-1.5) e^-a = 0.7297021
+    alpha = -1: r = e^a - 1, r_w = -1/2, r_l = -3/4, X = -1/4, loss log(1 + e^0.25) = 0.8259395
+    """
+    point, knobs = (-2 * math.log(2), -math.log(4)), dict(beta=1.0, gamma_beta_ratio=0.5, lengths=(2, 1))
+    found = loss_and_slopes(alphapo, *point, alpha=1.0, **knobs)
+    assert found == pytest.approx([0.2014133, -0.1824255, 0.7297021], abs=1e-7)
+    found = loss_and_slopes(alphapo, *point, alpha=-1.0, **knobs)[0]
+    assert found == pytest.approx(0.8259395, abs=1e-7)
+
+
+@pytest.mark.parametrize("use_reference", [False, True])
+@pytest.mark.parametrize("r_w, r_l", [(-2000.0, -3000.0), (-3000.0, -2000.0), (-7.0, -7.0)])
+def test_alphapo_near_alpha_0_is_simpo(r_w, r_l, use_reference):
+    """-expm1(-alpha a) / alpha = a - alpha a^2 / 2 + ..., with a from -15 to 0 here: 1e-10 apart."""
+    knobs = dict(use_reference=use_reference, lengths=(500, 200))
+    expected = loss_and_slopes(alphapo, r_w, r_l, alpha=0.0, **knobs)
+    for alpha in (1e-12, -1e-12):
+        assert loss_and_slopes(alphapo, r_w, r_l, alpha=alpha, **knobs) == close(*expected)
+
+
+@pytest.mark.parametrize("alpha", [1e-12, 1e-6, -1e-6, 0.0, 0.25, 1.0, -1.0, -5.0])
+def test_alphapo_of_long_completions_in_float32(alpha):
+    """Log-probs of thousands of nats keep float32's precision: a, not p, is what is computed with."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        sums = torch.tensor([[-4000.0, -2.5, -8000.0], [-3500.0, -9000.0, -4.0]]).to(dtype).requires_grad_()
+        lengths = torch.tensor([[1000, 2, 1500], [1200, 1500, 3]])
+        losses, *rewards = alphapo.preference_loss(
+            common.PairLogps(*sums, *lengths), None, settings(alphapo, alpha=alpha)
+        )
+        results.append([x.double() for x in (losses, *rewards, torch.autograd.grad(losses.sum(), sums)[0])])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-10)
+
+
+# Of AlphaPO's Illustrations: alpha, then |d loss / d v|, T1 and T2, rounded. The paper cuts two of the first
+# off instead: it prints 1.63 for 1.640 (alpha 0.25) and 5.60e-11 for 5.606e-11 (alpha 2).
+ILLUSTRATION_1 = [
+    (-2.0, "0.11", "0.49", "0.23"),
+    (0.0, "1.26", "0.27", "4.67"),
+    (0.25, "1.64", "0.19", "8.69"),
+    (1.0, "0.44", "0.01", "47.21"),
+    (2.0, "2.15e-08", "5.61e-11", "383.34"),
+]
+ILLUSTRATION_2 = [
+    (-2.0, "0.12", "0.51", "0.23"),
+    (0.0, "3.41", "0.73", "4.67"),
+    (0.25, "7.05", "0.81", "8.69"),
+    (1.0, "46.77", "0.99", "47.21"),
+    (2.0, "383.34", "1.00", "383.34"),
+]
+
+
+@pytest.mark.parametrize(
+    "log_w, log_l, alpha, printed",
+    [(-1.0, -2.0, alpha, printed) for alpha, *printed in ILLUSTRATION_1]
+    + [(-2.0, -1.0, alpha, printed) for alpha, *printed in ILLUSTRATION_2],
+)
+def test_alphapos_illustrations(log_w, log_l, alpha, printed):
+    """beta = 1, gamma = 0, completions of one token, d pi_w / dv = d pi_l / dv = 1, so d log pi / dv = 1/pi.
+    d loss / dv = (slope along log pi_w) / pi_w + (slope along log pi_l) / pi_l, of size T1 T2 (Eq. 7 and 8),
+    where the slope along log pi_w is -T1 exp(-alpha log pi_w).
+    """
+    knobs = dict(alpha=alpha, beta=1.0, gamma_beta_ratio=0.0)
+    _, along_w, along_l = loss_and_slopes(alphapo, log_w, log_l, **knobs)
+    size = abs(along_w / math.exp(log_w) + along_l / math.exp(log_l))
+    first = -along_w / math.exp(-alpha * log_w)
+    for value, text in zip((size, first, size / first), printed, strict=True):
+        assert (f"{value:.2e}" if "e" in text else f"{value:.2f}") == text
+
+
+def test_alphapos_corollary_has_its_ratio_upside_down():
+    """|y| = 1, log pi_w = -2, log pi_l = -1, a margin of -1; |grad pi_w|^2 = 1, <grad pi_w, grad pi_l> = 2.
+    By gradient flow d pi_w / dt = -(d loss / d pi_w * 1 + d loss / d pi_l * 2).
+    Eq. 10 has alpha_0 = log((1/2) e^-1) = -1 - log 2 = -1.693, from which on pi_w should rise; with the ratio
+    turned around it is log(2 e^-1) = log 2 - 1 = -0.307. At alpha -1 pi_w falls.
+    """
+    knobs = dict(beta=1.0, gamma_beta_ratio=0.0)
+
+    def rise(alpha):
+        _, along_w, along_l = loss_and_slopes(alphapo, -2.0, -1.0, alpha=alpha, **knobs)
+        return -(along_w / math.exp(-2) * 1 + along_l / math.exp(-1) * 2)
+
+    assert rise(-1 - math.log(2)) < -0.1 and rise(-1.0) < -0.1
+    assert rise(math.log(2) - 1) == pytest.approx(0, abs=1e-12)
+    assert rise(0.0) > 0.1
+
+
+def test_alphapo_with_negative_alpha_has_a_floor():
+    """alpha = -5, beta = 2.5, gamma = 0.25: 0 >= r >= beta / alpha = -0.5, so X <= 0.5 - 0.25 and the loss is
+    at least log(1 + e^-0.25) = 0.5759394, which y_w at 0 and y_l at -100 nats reach."""
+    assert loss_and_slopes(alphapo, 0.0, -100.0, alpha=-5.0)[0] == pytest.approx(0.5759394, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    "script, knobs, loss, along_chosen, along_rejected",
+    [
+        (dpo, {}, math.log(2), -0.05, 0.05),
+        (ipo, {}, 100, -20, 20),
+        (spo, {}, 0, -0.1, 0.3),
+        (
+            stapo,
+            dict(contrast="dpo", beta=0.1, margin_left=15.0, margin_right=20.0),
+            1.828341294,
+            -0.0698371552,
+            0.0698371552,
+        ),
+        (alphapo, dict(use_reference=True), 0.8259394, -1.40544125, 1.40544125),
+    ],
+    ids=["dpo", "ipo", "spo", "stapo", "alphapo"],
+)
+def test_the_first_step_raises_chosen_and_lowers_rejected(script, knobs, loss, along_chosen, along_rejected):
+    """At r_w = r_l = 0, where sigmoid(0) = 1/2 and SPO's f'(0) = -1; by default but for StaPO:
+    DPO      log 2                            along r_w  -beta / 2  = -0.05    along r_l  0.05
+    IPO      1 / (4 beta^2) = 100                        -1 / beta  = -20                 20
+    SPO      0                                           -beta      = -0.1                beta + alpha = 0.3
+    StaPO    log(1 + e^1.5) + log(1 + e^-2)              0.1 (s(-2) - s(1.5)) = 0.1 (0.1192029 - 0.8175745)
+             = 1.7014133 + 0.1269280                     = -0.0698372                     0.0698372
+    AlphaPO  log(1 + e^0.25) = 0.8259394                 -2.5 s(0.25) = -2.5 * 0.5621765  1.4054413
+    """
+    found, *slopes = loss_and_slopes(script, 0.0, 0.0, **knobs)
+    assert found == pytest.approx(loss, abs=1e-6)
+    assert slopes == pytest.approx([along_chosen, along_rejected], abs=1e-6)
     assert slopes[0] < 0 < slopes[1]
+
+
+def test_ktos_first_step_raises_desirable_and_lowers_undesirable():
+    """By default, at r = z0 = 0: w / 2 = 1/2, and w beta / 4 = 0.025 down or up."""
+    assert kto_loss_and_slope(0.0, True, 0.0) == close(0.5, -0.025)
+    assert kto_loss_and_slope(0.0, False, 0.0) == close(0.5, 0.025)

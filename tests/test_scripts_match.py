@@ -35,12 +35,27 @@ SHARED_FIELDS = (
 
 FREE = {"uses_reference", "preference_loss"}
 # script: more top-level functions that are free in it, each with its reason. Only kto.py needs any, for its
-# rows are no pairs. They may hold the loop itself, so such a script's changes are not counted or placed.
-ALSO_FREE = {}
+# rows are no pairs. They hold the loop itself, so such a script's changes are not placed, and counted by
+# function.
+ALSO_FREE = {
+    "kto": {
+        "kto_loss": "a row has one completion and a label, and the loss needs z0",
+        "partners": "z0 is a mean over prompts with the completions of other rows",
+        "mismatch": "these pairs have to be made",
+        "add_mismatched": "for both splits, on one process before the others",
+        "report_classes": "nothing else shows that one class is missing or outweighs the other",
+        "add_reference": "their reference belongs to the same pass and file",
+        "reference_point": "z0 is estimated anew in each step",
+        "values_of": "metrics are means over a class, not over pairs",
+        "with_margins": "and so is the margin between them",
+        "evaluate": "it needs z0, too",
+        "main": "so does the loop",
+    }
+}
 STRICT = [name for name in OTHERS if name not in ALSO_FREE]
 
 LOSS = {"sft": "sft_loss", "kto": "kto_loss"}
-MOST_LINES = {"common": 800, "eval_judge": 500, "kto": 240, "sft": 200}
+MOST_LINES = {"common": 804, "eval_judge": 500, "kto": 240, "sft": 200}
 
 
 def top_level(tree, kind, name):
@@ -62,11 +77,13 @@ def free_regions(source, also_free=()):
     own = own_fields(args_class)
     checks = [node for node in args_class.body if getattr(node, "name", "") == "__post_init__"]
     functions = [node for node in tree.body if getattr(node, "name", "") in FREE | set(also_free)]
+    starts = [min([node.lineno, *(x.lineno for x in node.decorator_list)]) for node in functions]
     return [
         (docstring.lineno, docstring.end_lineno),
         (imports[0].lineno, imports[-1].end_lineno),
         (args_class.lineno + 1, own[-1].end_lineno),
-        *((node.lineno, node.end_lineno) for node in checks + functions),
+        *((node.lineno, node.end_lineno) for node in checks),
+        *((start, node.end_lineno) for start, node in zip(starts, functions, strict=True)),
     ]
 
 
@@ -78,9 +95,10 @@ def without(source, regions):
 
 def drift(name, text):
     """The unified diff of what a script must have in common with dpo.py; empty where it has it."""
-    texts = (
-        without(source, free_regions(source, ALSO_FREE.get(name, ()))) for source in (TEXTS["dpo"], text)
-    )
+    also_free = ALSO_FREE.get(name, ())
+    texts = [without(source, free_regions(source, also_free)) for source in (TEXTS["dpo"], text)]
+    if also_free:  # around functions that dpo.py lacks there are blank lines that it lacks
+        texts = [[line for line in lines if line] for lines in texts]
     return "\n".join(difflib.unified_diff(*texts, "dpo.py", f"{name}.py", lineterm=""))
 
 
@@ -112,6 +130,14 @@ def test_a_method_is_at_most_30_changed_lines(name):
     places = changes(*docstrings_apart)
     changed = sum(end - start + other_end - other_start for start, end, other_start, other_end in places)
     assert changed <= 30
+
+
+@pytest.mark.parametrize("function, most", [("main", 20), ("evaluate", 10)])
+def test_ktos_loop_is_dpos_but_for_rows_and_z0(function, most):
+    sources = TEXTS["dpo"], TEXTS["kto"]
+    nodes = [top_level(ast.parse(source), ast.FunctionDef, function) for source in sources]
+    places = changes(*map(ast.get_source_segment, sources, nodes))
+    assert sum(end - start + other_end - other_start for start, end, other_start, other_end in places) <= most
 
 
 @pytest.mark.parametrize("name", STRICT)
