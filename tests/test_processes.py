@@ -38,21 +38,34 @@ def seen(folder, processes):
     return [json.loads((folder / f"process-{rank}.json").read_text()) for rank in range(processes)]
 
 
-def test_gradients_of_a_step_depend_on_neither_processes_nor_budget(results):
-    expected = load_file(results[1] / "gradients/gradients.safetensors")
+@pytest.mark.parametrize("cases", ["gradients", "kto-gradients"])
+def test_gradients_of_a_step_depend_on_neither_processes_nor_budget(results, cases):
+    expected = load_file(results[1] / cases / "gradients.safetensors")
     assert sum(gradient.norm() ** 2 for gradient in expected.values()) > 0.01
     for processes in WORLDS:
-        for case in ("gradients", "gradients-large-budget"):
+        for case in (cases, f"{cases}-large-budget"):
             actual = load_file(results[processes] / case / "gradients.safetensors")
             for name, gradient in expected.items():
                 error = (actual[name] - gradient).norm() / gradient.norm()
                 assert error < 1e-6, f"{processes} processes, {case}, parameter {name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("case", ["dpo", "sft"])
-def test_the_metrics_of_a_run_do_not_depend_on_the_processes(results, case):
+def test_z0_depends_on_neither_processes_nor_budget(results):
+    found = [
+        metrics(results[processes] / case)[0]["kl"]
+        for processes in WORLDS
+        for case in ("kto-gradients", "kto-gradients-large-budget")
+    ]
+    # Of the moved reference's 0 to 3 nats, mismatched pairs have the upper half.
+    assert 1.5 < found[0] < 3 and found == pytest.approx([found[0]] * 6, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "case, steps", [("dpo", 20), ("sft", 10), ("kto", 20), ("kto-odd", 6), ("stapo-simpo", 3), ("alphapo", 3)]
+)
+def test_the_metrics_of_a_run_do_not_depend_on_the_processes(results, case, steps):
     expected = metrics(results[1] / case)
-    assert len(expected) == {"dpo": 20, "sft": 10}[case]
+    assert len(expected) == steps
     for processes in (2, 4):
         for line, reference in zip(metrics(results[processes] / case), expected, strict=True):
             assert line.keys() == reference.keys()
@@ -64,12 +77,23 @@ def test_the_metrics_of_a_run_do_not_depend_on_the_processes(results, case):
                 )
 
 
-@pytest.mark.parametrize("case, start", [("dpo", math.log(2)), ("ipo", 1 / (4 * 0.05**2)), ("spo", 0.0)])
+STARTS = {
+    "dpo": math.log(2),
+    "ipo": 1 / (4 * 0.05**2),
+    "spo": 0.0,
+    "stapo": math.log(1 + math.exp(0.1 * 15)) + math.log(1 + math.exp(-0.1 * 20)),
+    "alphapo": math.log(1 + math.exp(2.5 * 0.1)),
+    "kto": 0.5,
+    "kto-odd": 0.5,
+}
+
+
+@pytest.mark.parametrize("case, start", STARTS.items())
 @pytest.mark.parametrize("processes", WORLDS)
 def test_the_first_loss_is_that_of_a_policy_which_equals_its_reference(results, case, start, processes):
     first, second, *_ = metrics(results[processes] / case)
     assert first["loss"] == pytest.approx(start, rel=1e-6, abs=1e-7)
-    assert abs(first["logratios/chosen"]) < 1e-6 and abs(first["logratios/rejected"]) < 1e-6
+    assert max(abs(first[name]) for name in first if name.startswith(("logratios/", "kl"))) < 1e-6
     assert abs(second["loss"] - start) > 1e-5  # and then it moves
 
 

@@ -14,20 +14,32 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+import alphapo
 import common
 import dpo
 import ipo
+import kto
 import sft
 import spo
+import stapo
 
 SHARED = dict(batch_size=16, max_grad_norm=1e9, warmup_ratio=0.0, eval_every=0, save_every=0, seed=3)
+SHORT = dict(model="llama", learning_rate=3e-4, max_steps=3, tokens_per_micro_batch=150)
+GRADIENTS = dict(model="qwen2", beta=0.5, max_steps=1)
 CASES = {
-    "gradients": (dpo, dict(model="qwen2", beta=0.5, max_steps=1, tokens_per_micro_batch=90)),
-    "gradients-large-budget": (dpo, dict(model="qwen2", beta=0.5, max_steps=1, tokens_per_micro_batch=4000)),
-    "dpo": (dpo, dict(model="llama", learning_rate=3e-4, tokens_per_micro_batch=150, eval_every=10)),
-    "ipo": (ipo, dict(model="llama", learning_rate=3e-4, max_steps=3, tokens_per_micro_batch=150)),
-    "spo": (spo, dict(model="llama", learning_rate=3e-4, max_steps=3, tokens_per_micro_batch=150)),
-    "sft": (sft, dict(model="llama", learning_rate=3e-4, tokens_per_micro_batch=150)),
+    "gradients": (dpo, GRADIENTS | dict(tokens_per_micro_batch=90)),
+    "gradients-large-budget": (dpo, GRADIENTS | dict(tokens_per_micro_batch=4000)),
+    "kto-gradients": (kto, GRADIENTS | dict(tokens_per_micro_batch=90)),
+    "kto-gradients-large-budget": (kto, GRADIENTS | dict(tokens_per_micro_batch=4000)),
+    "dpo": (dpo, SHORT | dict(max_steps=0, eval_every=10)),
+    "ipo": (ipo, SHORT),
+    "kto": (kto, SHORT | dict(max_steps=20, eval_every=10)),
+    "kto-odd": (kto, SHORT | dict(max_steps=6, batch_size=5)),
+    "spo": (spo, SHORT),
+    "stapo": (stapo, SHORT | dict(contrast="dpo", beta=0.1, margin_left=15, margin_right=20)),
+    "stapo-simpo": (stapo, SHORT),
+    "alphapo": (alphapo, SHORT | dict(use_reference=True)),
+    "sft": (sft, SHORT | dict(max_steps=0)),
 }
 
 
@@ -46,6 +58,16 @@ class Recorder(torch.optim.AdamW):
         super().step()
 
 
+def moved(add_reference):
+    """A reference up to 3 nats away from the policy, so that z0 is not 0 in the first step."""
+
+    def add(model, train, *rest):
+        add_reference(model, train, *rest)
+        train.ref -= torch.linspace(0, 3, len(train))[:, None]
+
+    return add
+
+
 def main(world, out):
     dist.init_process_group("gloo")
     leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # one world for all cases
@@ -54,8 +76,10 @@ def main(world, out):
     common.pack = lambda split, rows, *rest: (
         packed.append(int(split.tokens[rows].sum())) or pack(split, rows, *rest)
     )
+    add_reference = common.add_reference
     for name, (script, settings) in CASES.items():
         packed.clear()
+        common.add_reference = moved(add_reference) if name.startswith("kto-gradients") else add_reference
         settings = SHARED | settings | dict(dataset=f"{world}/data", output_dir=f"{out}/{name}")
         script.main(script.Args(**settings | dict(model=f"{world}/{settings['model']}")))
         seen = dict(packed=packed, shard_size=Recorder.shard_size)
