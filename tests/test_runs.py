@@ -17,11 +17,14 @@ import yaml
 from safetensors.torch import load_file, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import alphapo
 import common
 import dpo
 import ipo
+import kto
 import sft
 import spo
+import stapo
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_ROWS = ROOT.parent / "shared" / "data"
@@ -167,7 +170,10 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(world, uninterrup
             assert line[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("script", [dpo, ipo, spo, sft], ids=lambda module: module.__name__)
+SCRIPTS = [dpo, ipo, kto, spo, stapo, alphapo, sft]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda module: module.__name__)
 @pytest.mark.parametrize("processes", [0, 2])
 def test_every_script_runs_as_a_user_runs_it(world, tmp_path, script, processes):
     options = settings(world, tmp_path / "out", max_steps=4, eval_every=2, save_every=2, export_every=2)
@@ -189,6 +195,13 @@ def test_every_script_runs_as_a_user_runs_it(world, tmp_path, script, processes)
     assert lines[-1]["eval/entropy"] == pytest.approx(float(entropy / lengths), rel=1e-5)
     if script is sft:
         assert lines[-1]["eval/loss"] == pytest.approx(float(-logps / lengths), rel=1e-5)
+    elif script in (stapo, alphapo):  # by default without a reference
+        assert "reference" not in table and not (tmp_path / "reference").exists()
+        logps = table["policy"][:, 0].mean()
+        assert lines[-1]["eval/logps/chosen"] == pytest.approx(float(logps), rel=1e-5)
+    elif script is kto:  # the pairs' two completions are rows by turns
+        gap = (table["policy"] - table["reference"])[0::2].mean()
+        assert lines[-1]["eval/logratios/chosen"] == pytest.approx(float(gap), rel=1e-4, abs=1e-5)
     else:
         gap = (table["policy"] - table["reference"])[:, 0].mean()
         assert lines[-1]["eval/logratios/chosen"] == pytest.approx(float(gap), rel=1e-4, abs=1e-5)
@@ -205,6 +218,34 @@ def test_training_does_what_the_loss_asks_for(world, tmp_path):
     assert last["logratios/rejected"] == pytest.approx(-1.0, abs=0.3)
     assert last["rewards/accuracies"] > 0.95
     assert last["loss"] < -0.7  # -2/e = -0.736 at the minimum
+
+
+def test_stapo_draws_z_between_its_margins(world, tmp_path):
+    """Z, the difference of the mean log-probs, to the midpoint of 0.6 and 0.8 nats a token."""
+    tiny.pairs(tmp_path / "rows.jsonl", 40, seed=8)
+    rows = dict(dataset=str(tmp_path / "rows.jsonl"), batch_size=20, num_train_epochs=60, save_every=0)
+    stapo.main(stapo.Args(**settings(world, tmp_path / "run", **rows | dict(learning_rate=3e-3))))
+    first, *_, last = metrics(tmp_path / "run")
+    z = [line["logps/chosen_mean"] - line["logps/rejected_mean"] for line in (first, last)]
+    assert abs(z[0] - 0.7) > 0.3 and z[1] == pytest.approx(0.7, abs=0.1)
+    assert last["rewards/margins"] == pytest.approx(2.5 * z[1], rel=1e-5)
+    assert last["loss"] < 1.3 < first["loss"]  # 1.15 at the minimum
+
+
+def test_stapo_with_one_margin_trains_as_simpo_does(world, tmp_path):
+    """Two scripts, one loss: and `inf` gets through the command line, config.yaml and --resume."""
+    options = settings(world, tmp_path / "stapo", max_steps=2) | dict(margin_left=0.4, margin_right="inf")
+    assert run("stapo.py", options).returncode == 0
+    done = run("stapo.py", dict(config=tmp_path / "stapo/config.yaml", resume=True, max_steps=4))
+    assert done.returncode == 0, done.stderr[-2000:]
+    shared = settings(world, tmp_path / "simpo", max_steps=4)
+    alphapo.main(alphapo.Args(**shared, alpha=0.0, gamma_beta_ratio=0.4))
+    lines = [metrics(tmp_path / name) for name in ("stapo", "simpo")]
+    assert len(lines[0]) == len(lines[1]) == 4
+    assert lines[1][2]["loss"] != lines[1][0]["loss"]
+    for one, other in zip(lines[0][:3], lines[1][:3], strict=True):  # the third update has another rate
+        for name in one.keys() - {"tokens_per_second", "learning_rate"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
 
 
 def test_the_config_of_a_run_repeats_it(world, uninterrupted, tmp_path):
@@ -299,6 +340,9 @@ def test_errors_of_use_are_one_line(world, tmp_path, capsys, monkeypatch):
     assert "--betaa" in error(betaa=1)
     assert "--beta" in error(beta=0) and "--label_smoothing" in error(label_smoothing=0.5)
     assert "--alpha" in error(spo, alpha=-1) and "--batch_size" in error(batch_size=0)
+    assert "--beta" in error(stapo, beta=0) and "--margin_right" in error(stapo, margin_right=0.5)
+    assert "--contrast" in error(stapo, contrast="ipo")
+    assert "--beta" in error(alphapo, beta=-1) and "--gamma_beta_ratio" in error(alphapo, gamma_beta_ratio=-1)
     assert "float" in error(beta="much") and "--max_steps" in error(max_steps=-1)
     assert "/proc/nowhere" in refused(dpo, settings(world, "/proc/nowhere/run"), capsys, monkeypatch)
     assert "nowhere" in error(model=tmp_path / "nowhere")

@@ -107,3 +107,13 @@ def chats(path, count, seed=0, words=12):
             roles = ["user", "assistant"] * (1 + place % 3)
             file.write(json.dumps({"messages": [turn(role, next(text)) for role in roles]}) + "\n")
     return path
+
+
+def labelled(path, labels, seed=0, words=12):
+    """A JSON lines file of a prompt, a completion and one of these labels each."""
+    text = sentences(seed, words)
+    with open(path, "w") as file:
+        for label in labels:
+            prompt, completion = [turn("user", next(text))], [turn("assistant", next(text))]
+            file.write(json.dumps(dict(prompt=prompt, completion=completion, label=label)) + "\n")
+    return path
