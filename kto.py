@@ -11,14 +11,15 @@ the sum over the completion's tokens, its end token included, in nats; so is z0,
 Minimum: none; the loss falls towards 0 as r grows for desirable rows and falls for undesirable ones. It
 begins at w / 2, with r = z0 = 0. The slope is w beta / 4 at r = z0 and dies out on both sides, so that a row
 far on the wrong side is given up. For n_D and n_U rows of the two classes, the paper recommends weights for
-which w_D n_D / (w_U n_U) is between 1 and 3/2 (4/3 in its earlier versions and in TRL).
+which w_D n_D / (w_U n_U) is from 1 to 4/3, or, in version 4, 3/2.
 
 Departures from the paper: z0. The authors shift the completions of each micro-batch by one and average over
-it, so that z0 varies with how a batch is computed, and takes two rows. Here y' comes from the same row all
-through the run, the next one with another prompt in the order of the first epoch, and the mean is over the
-whole step and all processes, taken before its training passes; in an evaluation, over the whole held-out
-split. So z0 depends on neither processes nor micro-batches, a step of one row has one, and ref(y'|x) is
-computed beforehand. The paper advises a learning rate of 5e-6; the default is dpo.py's, to compare with it.
+it, so that z0 varies with how a batch is computed, and takes two rows. Here y' is the completion of one row
+for the whole run, the next one with another prompt in the order of the first epoch, cut where it would exceed
+--max_length; and the mean is over the whole step and all processes, before its training passes (in an
+evaluation, over the whole held-out split). So z0 depends on neither processes nor micro-batches, a step of
+one row has one, and ref(y'|x) is computed beforehand. The paper advises a learning rate of 5e-6; the default
+is that of dpo.py, to compare the two.
 
 Larger differences from dpo.py: rows for pairs, so `common.load_unpaired`, metrics by class and
 `report_classes`; for z0 `partners`, `mismatch`, `add_mismatched` and `add_reference` before the loop, and
@@ -115,7 +116,8 @@ def mismatch(split, name, args):
         completion = dict(responses=other["responses"], scored=other["scored"], empty=False, merged=False)
         return common.fit(row["prompt"], **completion, max_length=args.max_length)
 
-    key = repr([split.rows._fingerprint, args.seed, Path(__file__).read_text()])  # `datasets` keeps the rows
+    # `datasets` keeps the result under a hash of all that goes into it.
+    key = repr([split.rows._fingerprint, args.seed, Path(__file__).read_text()])
     how = dict(new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32], features=common.FEATURES)
     how |= dict(num_proc=min(os.cpu_count(), 32) if len(split) >= 1000 else None, desc="mismatch")
     rows = split.rows.map(swap, with_indices=True, **how)
@@ -125,7 +127,7 @@ def mismatch(split, name, args):
 
 
 def add_mismatched(train, held_out, args):
-    """Gives the splits their mismatched pairs, by which z0 is estimated."""
+    """Gives the splits their mismatched pairs, from which z0 is estimated."""
     with common.rank_zero_first():
         train.mismatched = mismatch(train, args.train_split, args)
         if held_out:
@@ -168,14 +170,14 @@ def reference_point(model, batches, run):
 
 
 def values_of(policy, batch, losses, rewards, kl):
-    """What is reported of a batch, under TRL's names where it has them: (B,) each, or a value for each row of
-    one class, of which there may be none."""
+    """What is reported of a batch, under TRL's names where it has them: (B,) each, and for a class also (B,)
+    which rows are its own. A step without any of them leaves its names out."""
     values = {"loss": losses, "kl": kl.expand(len(losses))}
     for name, rows in {"chosen": batch.labels, "rejected": ~batch.labels}.items():
-        values[f"rewards/{name}"] = rewards[rows]
-        values[f"logps/{name}"] = policy[rows]
-        values[f"logps/{name}_mean"] = (policy / batch.lengths)[rows]
-        values[f"logratios/{name}"] = (policy - batch.ref_sums)[rows]
+        values[f"rewards/{name}"] = rewards * rows, rows
+        values[f"logps/{name}"] = policy * rows, rows
+        values[f"logps/{name}_mean"] = policy / batch.lengths * rows, rows
+        values[f"logratios/{name}"] = (policy - batch.ref_sums) * rows, rows
     return values
 
 

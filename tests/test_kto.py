@@ -114,6 +114,16 @@ def test_mismatched_pairs_have_their_own_prompt_and_the_partners_completion(worl
         assert pairs.lengths.tolist() == pairs.rows["lengths"][:]
 
 
+def test_many_rows_are_mismatched_by_several_processes(world, tmp_path):
+    """From 1000 rows on: each process has to know which rows are its own."""
+    tiny.labelled(tmp_path / "rows.jsonl", [True, False] * 505)
+    args = settings(world, tmp_path, dataset=str(tmp_path / "rows.jsonl"))
+    train, _ = loaded(args)
+    partner = kto.partners([tuple(prompt) for prompt in train.rows["prompt"]], args.seed)
+    assert train.mismatched.rows["prompt"][:] == train.rows["prompt"][:]
+    assert train.mismatched.rows["responses"][:] == train.rows.select(partner)["responses"][:]
+
+
 def test_partners_change_with_the_seed(world, tmp_path):
     first, again, other = (loaded(settings(world, tmp_path, seed=seed))[0].mismatched for seed in (1, 1, 2))
     assert first.fingerprint == again.fingerprint != other.fingerprint
@@ -188,6 +198,24 @@ def test_a_steps_loss_and_metrics_are_those_of_its_rows(world, tmp_path):
     good = 1.5 / (1 + torch.exp(0.5 * (r[desirable] - line["eval/kl"])))
     bad = 1 / (1 + torch.exp(0.5 * (line["eval/kl"] - r[~desirable])))
     assert line["eval/loss"] == pytest.approx(torch.cat([good, bad]).mean().item(), rel=1e-5)
+
+
+def test_training_and_evaluation_use_the_z0_of_their_own_pairs(world, tmp_path):
+    """Against transformers alone: step 9 begins with the weights behind step 8, the evaluation behind it has
+    those of the end, and the reference is the start."""
+    args = settings(world, tmp_path / "run", desirable_weight=3.0, max_steps=9, eval_every=9, export_every=8)
+    kto.main(args)
+    *_, line = metrics(tmp_path / "run")
+    train, held_out = loaded(args)
+    rows = common.rows_of_step(train, 8, args)
+    start = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    for name, folder, pairs in (
+        ("kl", "run/models/step-000008", [train.mismatched.rows[int(row)] for row in rows]),
+        ("eval/kl", "run", list(held_out.mismatched.rows)),
+    ):
+        policy = AutoModelForCausalLM.from_pretrained(tmp_path / folder).eval()
+        expected = np.mean([plain_logps(policy, pair) - plain_logps(start, pair) for pair in pairs])
+        assert expected > 0.1 and line[name] == pytest.approx(expected, rel=1e-3)
 
 
 def test_training_raises_desirable_and_lowers_undesirable_rows(world, tmp_path):
