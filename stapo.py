@@ -8,18 +8,18 @@ https://openreview.net/forum?id=ke1f4IVR47, not published otherwise. spo.py is a
 
 y_w is the chosen completion, y_l the rejected one, |y| the number of its tokens, pi the policy, and ref the
 policy before its first step. A log-prob is the sum over the completion's tokens, its end token included, in
-nats: Z and the margins m_l, m_r are nats per token for `simpo`, and nats over the completion for `dpo`.
+nats: Z and the margins m_l and m_r are in nats per token for `simpo`, in nats a completion for `dpo`.
 
 Minimum: 2 log(1 + exp(-beta (m_r - m_l) / 2)), at the midpoint Z = (m_l + m_r) / 2, by default 1.15 at 0.7
-nats per token. The loss is strictly convex in Z and symmetric about that point; it does not see a shift that
-both log-probs share. With --margin_right inf only the left term is left, which is SimPO with gamma =
-beta m_l (alphapo.py at alpha 0) and has no minimum.
+nats per token. The loss is strictly convex in Z and symmetric about that point. It does not see a shift that
+both log-probs share. With --margin_right inf it is its first term alone, which has no minimum: SimPO with
+gamma = beta m_l, that is alphapo.py at alpha 0.
 
-Departures from the paper: the loss is its Eq. 7; Eq. 4 and 5 leave beta out before the margin. It speaks of a
-range in which Z is free, and of convergence at 0.63 between 0.6 and 0.8; the minimum is one point, 0.7, and
-flat only for large beta (m_r - m_l). Eq. 8 lacks the factor 1 / |y_w| for `simpo`. No beta is given: 2.5 is
-SimPO's for Llama-3-8B-Instruct. For `dpo`, Table 1 shows Z without a reference and section 4.3 needs one; no
-margins are given, and --beta 0.1 --margin_left 15 --margin_right 20 are the like choice, and ours.
+Departures from the paper: the loss is its Eq. 7; its Eq. 4 and 5 leave beta out before the margin, and Eq. 8
+lacks the factor 1 / |y_w| for `simpo`. It speaks of a range in which Z is free, and takes Z = 0.63 for
+converged at the margins above; the minimum is one point, 0.7, and flat only for large beta (m_r - m_l). It
+gives no beta: 2.5 is SimPO's for Llama-3-8B-Instruct. For `dpo`, its Table 1 has Z without a reference and
+section 4.3 speaks of one, as here; margins for it, --beta 0.1 --margin_left 15 --margin_right 20, are ours.
 
     python stapo.py --model MODEL_FOLDER --dataset DATA_FOLDER --max_steps 100
     torchrun --nproc_per_node 8 stapo.py --margin_left 0.6 --margin_right 0.8

@@ -168,7 +168,7 @@ def attention(work):
         limit, sizes, windows = 1e-5, [(8, 4, 2)], (None, 5)
         lengths = [(21, [12, 9]), (1, [1, 2]), (8, [8]), (3, [30, 1])]
     split, table, result, passed = SimpleNamespace(rows=[], ref=None), [], {}, True
-    split.lengths = torch.ones(len(lengths), 1, dtype=torch.long)
+    split.lengths = split.labels = torch.ones(len(lengths), 1, dtype=torch.long)
     for row, (prompt, answers) in enumerate(lengths):
         responses, scored = [[0] * n for n in answers], [[True] * n for n in answers]
         split.rows.append(dict(prompt=[0] * prompt, responses=responses, scored=scored))

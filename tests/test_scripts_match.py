@@ -35,8 +35,8 @@ SHARED_FIELDS = (
 
 FREE = {"uses_reference", "preference_loss"}
 # script: more top-level functions that are free in it, each with its reason. Only kto.py needs any, for its
-# rows are no pairs. They hold the loop itself, so such a script's changes are not placed, and counted by
-# function.
+# rows are no pairs. They hold the loop itself, so such a script's changes are not placed, and counted by a
+# test of their own.
 ALSO_FREE = {
     "kto": {
         "kto_loss": "a row has one completion and a label, and the loss needs z0",
@@ -77,7 +77,7 @@ def free_regions(source, also_free=()):
     own = own_fields(args_class)
     checks = [node for node in args_class.body if getattr(node, "name", "") == "__post_init__"]
     functions = [node for node in tree.body if getattr(node, "name", "") in FREE | set(also_free)]
-    starts = [min([node.lineno, *(x.lineno for x in node.decorator_list)]) for node in functions]
+    starts = [min(part.lineno for part in (node, *node.decorator_list)) for node in functions]
     return [
         (docstring.lineno, docstring.end_lineno),
         (imports[0].lineno, imports[-1].end_lineno),
