@@ -12,7 +12,7 @@ https://arxiv.org/abs/2405.14734v3), exactly.
 Minimum: none; the loss falls towards 0 as r(y_w) - r(y_l) grows. For alpha < 0 without a reference, r lies
 between beta / alpha and 0, so that the loss stays above log(1 + exp(gamma + beta / alpha)). The slope of r
 along a is beta exp(-alpha a): alpha > 0 pulls most at unlikely completions, alpha < 0 at likely ones. Where
--alpha a exceeds 88, float32 overflows, and the run stops before that update.
+-alpha a nears 88, float32 overflows, and the run stops before that update.
 
 Departures from the paper: the loss is its own, by expm1, as 1 - exp(-alpha a) loses all digits near alpha 0.
 Its Eq. 10 (Corollary 3.3) has the ratio |grad pi_w|^2 / <grad pi_w, grad pi_l> upside down; section 3.1
@@ -156,7 +156,7 @@ def main(args):
         if args.export_every and done % args.export_every == 0:
             common.export(model, tokenizer, args, run, run.output_dir / "models" / f"step-{done:06d}")
     common.export(model, tokenizer, args, run)
-    torch.distributed.destroy_process_group()
+    run.close()
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def main(args):
         if args.export_every and done % args.export_every == 0:
             common.export(model, tokenizer, args, run, run.output_dir / "models" / f"step-{done:06d}")
     common.export(model, tokenizer, args, run)
-    torch.distributed.destroy_process_group()
+    run.close()
 
 
 if __name__ == "__main__":
