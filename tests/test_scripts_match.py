@@ -24,7 +24,9 @@ SCRIPTS = ["sft", *METHODS]
 TOP_LEVEL = {"sft", *METHOD_NAMES, "eval_judge", "common"}
 TEXTS = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 FILES = sorted(
-    path for folder in ("*.py", "bench/**/*.py", "tests/**/*.py", "toy/**/*.py") for path in ROOT.glob(folder)
+    path
+    for folder in ("*.py", "bench/**/*.py", "docs/*.py", "tests/**/*.py", "toy/**/*.py")
+    for path in ROOT.glob(folder)
 )
 
 SHARED_FIELDS = (
