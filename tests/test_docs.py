@@ -205,54 +205,118 @@ def test_every_script_with_a_loss_has_its_row_and_no_row_is_idle():
 
 
 @pytest.mark.parametrize(
-    "script, knobs, r_w, r_l, value",
+    "row, text, script, knobs, r_w, r_l, value",
     [
-        (dpo, dict(label_smoothing=0.1), log(9) / 0.1, 0.0, 0.32508),
-        (ipo, {}, 4.0, -6.0, 0.0),
-        (spo, dict(alpha=0.0), 4.0, -6.0, -1 / math.e),
-        (spo, {}, 5.0, -5.0, -0.73576),
-        (stapo, {}, -1.3, -2.0, 1.15188),
-        (stapo, SUMS, 10.0, -7.5, 2 * log(1 + exp(-0.1 * 5 / 2))),
+        (
+            r"dpo, $e \gt 0$",
+            r"at $h = \log((1 - e) / e) / \beta$",
+            dpo,
+            dict(label_smoothing=E),
+            log((1 - E) / E) / 0.1,
+            0.0,
+            0.32508,
+        ),
+        ("ipo", r"0, at $h = 1 / (2 \beta)$", ipo, dict(beta=B), 1 / (2 * B), 0.0, 0.0),
+        ("spo, alpha 0", r"$-1/e$, at $h = 1 / \beta$", spo, dict(alpha=0.0), 4.0, 4 - 1 / 0.1, -1 / math.e),
+        (
+            "spo",
+            r"$-2/e$, at $r_w = 1 / \beta - 1 / \alpha$ and $r_l = -1 / \alpha$",
+            spo,
+            dict(beta=B, alpha=A),
+            1 / B - 1 / A,
+            -1 / A,
+            -2 / math.e,
+        ),
+        (
+            "stapo",
+            r"$2 \log(1 + \exp(-\beta (m_r - m_l) / 2))$, at $Z = (m_l + m_r) / 2$",
+            stapo,
+            dict(beta=B, margin_left=ML, margin_right=MR),
+            (ML + MR) / 2 - 2,
+            -2.0,
+            2 * log(1 + exp(-B * (MR - ML) / 2)),
+        ),
     ],
 )
-def test_minima(script, knobs, r_w, r_l, value):
+def test_minima(row, text, script, knobs, r_w, r_l, value):
+    assert table("margin to $+")[row][0] == text
     loss, *slopes = loss_and_slopes(script, r_w, r_l, **knobs)
     assert loss == pytest.approx(value, abs=5e-6) and slopes == pytest.approx([0, 0], abs=1e-12)
     for step in (1e-3, -1e-3):
         assert loss_and_slopes(script, r_w + step, r_l, **knobs)[0] > loss
-    says("$r_w = 1 / \\beta - 1 / \\alpha$ and $r_l = -1 / \\alpha$: by default 5 and -5 nats")
-    says(
-        "0.32508 at $\\beta h = \\log 9 = 2.197$: 21.97 nats at beta 0.1", "$-2/e = -0.73576$ at $s = t = 1$"
-    )
-    says("by default 1.15188 at 0.7 nats per token", "by default 10 nats, the target of spo.py")
+
+
+def test_minima_by_default():
+    says("0.32508 at $\\beta h = \\log 9 = 2.197$: 21.97 nats at beta 0.1")
+    assert loss_and_slopes(dpo, log(9) / 0.1, 0.0, label_smoothing=0.1)[1] == pytest.approx(0)
+    says("on the line $h = 1 / (2 \\beta)$: by default 10 nats, the target of spo.py")
+    assert loss_and_slopes(ipo, 10.0, 0.0) == [0, 0, 0]
+    says("$-2/e = -0.73576$ at $s = t = 1$, that is $r_w = 1 / \\beta - 1 / \\alpha$ and")
+    says("$r_l = -1 / \\alpha$: by default 5 and -5 nats")
+    assert loss_and_slopes(spo, 5.0, -5.0) == pytest.approx([-0.73576, 0, 0], abs=5e-6)
+    says("$-1/e$, anywhere on the line $h = 1 / \\beta$", f"more than $\\exp(-5)$, {exp(-5):.1%}")
+    says("by default 1.15188 at 0.7 nats per token")
+    assert loss_and_slopes(stapo, -1.3, -2.0) == pytest.approx([1.15188, 0, 0], abs=5e-6)
+    says(f"ten nats are a factor of {exp(10):,.0f}", f"would then ask for a factor of {exp(10):,.0f} on each")
 
 
 @pytest.mark.parametrize(
-    "script, knobs",
-    [(dpo, {}), (alphapo, dict(alpha=0.0)), (alphapo, dict(alpha=0.25)), (alphapo, dict(alpha=-1.0))],
+    "row, script, knobs",
+    [
+        ("dpo, $e = 0$", dpo, {}),
+        ("SimPO", alphapo, dict(alpha=0.0)),
+        (r"alphapo, $\alpha \gt 0$", alphapo, dict(alpha=0.25)),
+        (r"alphapo, $\alpha \lt 0$", alphapo, dict(alpha=-1.0)),
+    ],
 )
-def test_what_has_no_minimum_goes_on_pulling(script, knobs):
+def test_what_has_no_minimum_goes_on_pulling(row, script, knobs):
+    assert table("margin to $+")[row][0].startswith("none")
     for margin in np.linspace(-4, 4, 17):
         _, along_chosen, along_rejected = loss_and_slopes(script, margin / 2 - 2, -margin / 2 - 2, **knobs)
         assert along_chosen < 0 < along_rejected
 
 
 @pytest.mark.parametrize(
-    "script, knobs, right, left",
+    "row, texts, script, knobs, right, left",
     [
-        (dpo, dict(beta=B), 0, -B),
-        (dpo, dict(beta=B, label_smoothing=E), E * B, -(1 - E) * B),
-        (stapo, dict(beta=B), B, -B),
-        (alphapo, dict(beta=B, alpha=0.0), 0, -B),
+        (
+            "dpo, $e = 0$",
+            [r"loss and slope fade like $\exp(-\beta h)$", r"slope $-\beta$"],
+            dpo,
+            dict(beta=B),
+            0,
+            -B,
+        ),
+        (
+            r"dpo, $e \gt 0$",
+            [r"slope $e \beta$", r"slope $-(1 - e) \beta$"],
+            dpo,
+            dict(beta=B, label_smoothing=E),
+            E * B,
+            -(1 - E) * B,
+        ),
+        ("stapo", [r"slope $\beta$", r"slope $-\beta$"], stapo, dict(beta=B), B, -B),
+        ("SimPO", ["as dpo", r"slope $-\beta$"], alphapo, dict(beta=B, alpha=0.0), 0, -B),
     ],
 )
-def test_flat_and_linear_tails(script, knobs, right, left):
+def test_flat_and_linear_tails(row, texts, script, knobs, right, left):
     """Of the slope along chosen, with completions of one token, half a margin of 1000 nats on either side."""
+    assert table("margin to $+")[row][1:3] == texts
     found = [loss_and_slopes(script, half - 501, -half - 501, **knobs)[1] for half in (500.0, -500.0)]
     assert found == pytest.approx([right, left], abs=1e-12)
 
 
 def test_other_tails():
+    rows = table("margin to $+")
+    assert [rows["ipo"][1:3], rows["kto"][1]] == [["quadratic", "quadratic"], "loss and slope fade"]
+    assert rows["kto"][2] == "loss $w$, **slope fades**"
+    assert rows["spo, alpha 0"][1:3] == ["loss rises to 0, slope fades", r"slope $\beta s \exp(-s)$"]
+    assert [rows[rf"alphapo, $\alpha \{sign} 0$"][2] for sign in ("gt", "lt")] == [
+        r"slope like $\exp(-\alpha a_w)$",
+        "loss levels off; **slope along** $a_w$ **fades**, along $a_l$ stays",
+    ]
+    steep = [loss_and_slopes(alphapo, a_w, -1.0, alpha=0.5)[1] for a_w in (-30.0, -40.0)]
+    assert steep[1] / steep[0] == pytest.approx(exp(0.5 * 10))
     assert [loss_and_slopes(ipo, r, 0.0)[1] for r in (1010.0, -990.0)] == [2000, -2000]
     assert kto_loss_and_slope(-900.0, True, 0.0) == pytest.approx([1, 0], abs=1e-12)
     assert kto_loss_and_slope(900.0, True, 0.0) == pytest.approx([0, 0], abs=1e-12)
@@ -318,6 +382,15 @@ def test_the_others_are_safe_in_float32(script, knobs):
 
 
 def test_float32_details():
+    rows = table("margin to $+")
+    floats = {name: cells[3] for name, cells in rows.items() if cells[3] != "safe"}
+    assert floats == {
+        "kto": "slope exactly 0 below $u = -17$",
+        "spo, alpha 0": "**overflows** below $s = -84.3$",
+        "spo": "the same, in $s$ and in $t$",
+        r"alphapo, $\alpha \gt 0$": r"**overflows** above $-\alpha a = 86$",
+    }
+    says("it would be 0 from $x = 17$ on", "below $u = -17$ (170 nats at beta 0.1)")
     assert in_float32(alphapo, -9e4, -1.0, alpha=-1.0)[1] == 0  # given up
     assert kto_loss_and_slope(-16.0, True, 0.0, torch.float32, beta=1.0)[1] != 0
     assert kto_loss_and_slope(-17.0, True, 0.0, torch.float32, beta=1.0) == [1, 0]
@@ -341,6 +414,8 @@ def test_float32_details():
 
 def test_values_at_the_first_step():
     rows = table("by default | loss")
+    says(r"In symbols: $\log 2$; $1 / (4 \beta^2)$; $w / 2$; 0; 0;")
+    says(r"$\log(1 + \exp(\beta m_l)) + \log(1 + \exp(-\beta m_r))$; $\log(1 + \exp(\gamma))$")
     simpo = dict(use_reference=True)
     found = {
         "dpo": loss_and_slopes(dpo, 0.0, 0.0),
@@ -379,6 +454,11 @@ def test_when_descent_lowers_chosen():
         assert (after < 0) == (k_wl / k_ww > -g_w / g_l) and after < 0
     sides = [-g_w / g_l for g_w, g_l in slopes]
     assert sides == pytest.approx([1, 1, 1, 1 / 3])
+    says(
+        r"$\beta / (\alpha + \beta)$, by default 1/3",
+        r"$\lvert y_l \rvert / \lvert y_w \rvert$, in AlphaPO times",
+    )
+    says(r"$\exp(\alpha (a_l - a_w))$")
     _, g_w, g_l = loss_and_slopes(alphapo, -6.0, -20.0, lengths=(3, 4), alpha=0.5)
     assert -g_w / g_l == pytest.approx(exp(0.5 * (-5 - -2)) * 4 / 3)
 
@@ -387,24 +467,50 @@ def test_one_loss_in_terms_of_another():
     def close(found, *expected):
         assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
-    at, h = (-3.0, -9.0), 6.0
+    is_ = table("| is |")
+    assert len(is_) == 9
+    at, h, long = (-3.0, -9.0), 6.0, dict(lengths=(3, 5))
+
+    assert is_["dpo with label smoothing $e$"] == [r"dpo without, plus $e \beta h$"]
     smoothed, plain = loss_and_slopes(dpo, *at, label_smoothing=0.2)[0], loss_and_slopes(dpo, *at)[0]
     close([smoothed], plain + 0.2 * 0.1 * h)
+
+    same = r"$1 - \exp(-L)$, with DPO's loss $L = -\log \sigma(u)$"
+    assert is_["kto, a desirable row, $w_D = 1$"] == [same]
     close([kto_loss_and_slope(h, True, 0.0)[0]], 1 - exp(-plain))
-    for r_w, r_l in ((10.0, 0.0), (-20.0, -30.0)):
-        close(loss_and_slopes(ipo, r_w, r_l, beta=0.05)[1:], 0, 0)
-        close(loss_and_slopes(spo, r_w, r_l, beta=0.1, alpha=0.0)[1:], 0, 0)
-    long = dict(lengths=(3, 5))
+
+    same = r"two losses with the same minimisers, $h = 1 / \beta$"
+    assert is_[r"ipo at $\beta / 2$, and spo at $\beta$ and alpha 0"] == [same]
+    for r_w, r_l in ((1 / B, 0.0), (1 / B - 30, -30.0)):
+        close(loss_and_slopes(ipo, r_w, r_l, beta=B / 2)[1:], 0, 0)
+        close(loss_and_slopes(spo, r_w, r_l, beta=B, alpha=0.0)[1:], 0, 0)
+
+    same = "SimPO: alphapo, alpha 0, with margin_left for gamma_beta_ratio"
+    assert is_["stapo, margin_right inf"] == [same]
     one_sided = loss_and_slopes(stapo, *at, margin_left=0.4, margin_right=math.inf, **long)
     close(one_sided, *loss_and_slopes(alphapo, *at, alpha=0.0, gamma_beta_ratio=0.4, **long))
+
+    assert is_["stapo, contrast dpo, margin_left 0, margin_right inf"] == ["dpo"]
     one_sided = dict(contrast="dpo", margin_left=0.0, margin_right=math.inf)
     close(loss_and_slopes(stapo, *at, beta=0.1, **one_sided), *loss_and_slopes(dpo, *at))
+
+    assert is_["stapo, $m_l = m_r = m$"] == ["twice dpo with $e = 1/2$, about the margin $m$ instead of 0"]
     equal = loss_and_slopes(stapo, *at, contrast="dpo", beta=0.1, margin_left=2.0, margin_right=2.0)
     close(equal, *[2 * value for value in loss_and_slopes(dpo, -5.0, -9.0, label_smoothing=0.5)])
+
+    same = r"$\beta^2 \sigma(c) \sigma(-c)$ times ipo, with the midpoint for target and "
+    assert is_["stapo near its minimum"] == [same + r"$c = \beta (m_r - m_l) / 2$"]
     c = 2.5 * (0.8 - 0.6) / 2
-    bowl = curvature(stapo, -1.3, -2.0)[0, 0].item(), curvature(ipo, -1.3, -2.0, beta=0.5 / 0.7)[0, 0].item()
-    close(bowl, 2.5**2 * s(c) * s(-c) * 2, 2)
+    bowls = [
+        curvature(stapo, -1.3, -2.0)[0, 0].item(),
+        curvature(ipo, -1.3, -2.0, beta=0.5 / 0.7)[0, 0].item(),
+    ]
+    close(bowls[:1], 2.5**2 * s(c) * s(-c) * bowls[1])
+
+    assert is_["alphapo as alpha goes to 0"] == ["SimPO; at 0 exactly"]
     close(loss_and_slopes(alphapo, *at, alpha=1e-13), *loss_and_slopes(alphapo, *at, alpha=0.0))
+
+    assert is_["alphapo, use_reference, alpha 0, gamma_beta_ratio 0"] == ["dpo on mean log-ratios"]
     of_means = dict(use_reference=True, alpha=0.0, gamma_beta_ratio=0.0, beta=0.1)
     close([loss_and_slopes(alphapo, *at, **of_means, **long)[0]], loss_and_slopes(dpo, -1.0, -1.8)[0])
 
@@ -417,9 +523,12 @@ def test_one_loss_in_terms_of_another():
 def test_optimum_under_wrong_labels(column, script, knobs):
     """p times the slope at h less 1 - p times that at -h is below 0 just before it and above just after."""
     rows = table("$p$")
+    says(r"For DPO that is $\log(p / (1 - p)) / \beta$, for IPO $(2 p - 1) / (2 \beta)$")
     assert len(rows) == 4
     for p, cells in rows.items():
         h = float(cells[column])
+        closed = {0: log(float(p) / (1 - float(p))) / 0.1, 1: (2 * float(p) - 1) / (2 * 0.05)}
+        assert h == pytest.approx(closed.get(column, h), abs=0.005)
         before, after = (
             float(p) * loss_and_slopes(script, at, 0.0, **knobs)[1]
             - (1 - float(p)) * loss_and_slopes(script, -at, 0.0, **knobs)[1]
@@ -460,6 +569,11 @@ def test_what_the_spo_papers_say():
         return f(z)[0] < f(start)[0]
 
     assert f(-5.0)[1] / f(0.0)[1] == pytest.approx(890, abs=0.5)
+    says("A pair at $s = -5$, which is 50 nats at beta 0.1,", "$f'(1) = 0$ and $f''(1) = 1/e \\gt 0$")
+    says("determinant $\\alpha^2 \\beta^2 / e^2$", "$f''(z) = (2 - z) \\exp(-z)$ is negative beyond 2")
+    assert [
+        np.sign(round(curvature(spo, z, 0.0, beta=1.0, alpha=0.0)[0, 0].item(), 9)) for z in (1.9, 2.1)
+    ] == [1, -1]
     says("pulls 890 times as hard as one at the start", f"$f(5) = {f(5.0)[0]:.4f}$")
     says(f"above the mean of both ends, {(f(3.0)[0] + f(7.0)[0]) / 2:.4f}")
     assert curvature(spo, 1.0, 0.0, beta=1.0, alpha=0.0)[0, 0].item() == pytest.approx(1 / math.e)
