@@ -310,17 +310,19 @@ def load_splits(args, tokenizer, encode, layouts):
 
 
 def read_split(args, name, encode, layouts, tokenizer):
-    """The split `name`: from the file `<dataset>/<name>.<ending>`, from the file `dataset` (all of which is
-    training data, so None for evaluation), or from the hub."""
-    path = Path(args.dataset)
-    if path.is_file() and name != args.train_split:
+    """The split `name`, tokenized. One file is training data, all of it, so for evaluation there is None."""
+    if Path(args.dataset).is_file() and name != args.train_split:
         return print0(f"{name}: none, for --dataset is one file")
-    if path.is_dir():
-        files = [path / f"{name}{ending}" for ending in READERS]
-        path = next(filter(Path.is_file, files), files[0])
+    return tokenize(*read_rows(args.dataset, name, layouts), encode, tokenizer, args.max_length)
+
+
+def read_rows(dataset, name, layouts):
+    """(rows, where they are from): the file `<dataset>/<name>.<ending>`, the file `dataset`, or the hub's."""
+    files = [Path(dataset) / f"{name}{ending}" for ending in READERS]
+    path = next(filter(Path.is_file, files), files[0]) if Path(dataset).is_dir() else Path(dataset)
     if path.is_file() != (path.suffix in READERS):
         fail(f"--dataset: there is no file {path} ({', '.join(READERS)} are read)")
-    source = path if path.is_file() else f"{args.dataset} {name}"
+    source = path if path.is_file() else f"{dataset} {name}"
     with failing(f"--dataset {source} cannot be read" + f" ({OFFLINE})" * (not path.is_file())):
         if path.is_file():
             how = dict(data_files=glob.escape(str(path)), split="train")
@@ -328,12 +330,12 @@ def read_split(args, name, encode, layouts, tokenizer):
                 how |= dict(keep_default_na=False, converters=dict.fromkeys(TEXT_COLUMNS, str))
             raw = datasets.load_dataset(READERS[path.suffix], **how)
         else:  # one short request first, as load_dataset itself tries for half a minute to reach the hub
-            huggingface_hub.snapshot_download(args.dataset, repo_type="dataset", allow_patterns="README.md")
-            raw = datasets.load_dataset(args.dataset, split=name)
-    if not any(layout <= set(raw.column_names) for layout in layouts):
-        needed = ", or ".join(" and ".join(sorted(layout)) for layout in layouts)
-        fail(f"--dataset {source} has the columns {', '.join(raw.column_names)}; needed are {needed}")
-    return tokenize(raw, source, encode, tokenizer, args.max_length)
+            huggingface_hub.snapshot_download(dataset, repo_type="dataset", allow_patterns="README.md")
+            raw = datasets.load_dataset(dataset, split=name)
+    if any(layout <= set(raw.column_names) for layout in layouts):
+        return raw, source
+    needed = ", or ".join(" and ".join(sorted(layout)) for layout in layouts)
+    return fail(f"--dataset {source} has the columns {', '.join(raw.column_names)}; needed are {needed}")
 
 
 def tokenize(raw, source, encode, tokenizer, max_length):
