@@ -57,6 +57,7 @@ import common
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TRIES = 10  # of a request; with the pauses between them about four minutes
+FAULTS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)  # of a try
 
 
 @dataclass
@@ -71,13 +72,9 @@ class Args:
     max_length: int = HfArg(default=2048, help="tokens of prompt and response; longer prompts are left out")
     max_new_tokens: int = HfArg(default=1024, help="tokens of a response; longer ones are cut")
     temperature: float = HfArg(default=0.7, help="of the responses; 0 takes the likeliest tokens")
-    generation_batch_size: int = HfArg(
-        default=32, help="responses generated at once by a process: the memory"
-    )
+    generation_batch_size: int = HfArg(default=32, help="responses that a process generates at once")
     judge_temperature: float = HfArg(default=0.0, help="of the verdicts; below 0: the endpoint's own default")
-    judge_max_tokens: int = HfArg(
-        default=512, help="tokens of a judge's answer; a cut one gets twice as many"
-    )
+    judge_max_tokens: int = HfArg(default=512, help="tokens of a judge's answer; a cut one gets twice that")
     concurrency: int = HfArg(default=16, help="requests to the endpoint at a time")
     timeout: float = HfArg(default=120.0, help="seconds that a request may take")
     max_missing: float = HfArg(default=0.02, help="no report if a larger share of the verdicts is missing")
@@ -89,9 +86,7 @@ class Args:
     def __post_init__(self):
         names = {model.partition("=")[0] for model in self.models if re.fullmatch(r"[\w.+-]+=.+", model)}
         if len(names) < max(2, len(self.models)):
-            raise ValueError(
-                "--models needs two or more name=MODEL, each with another name of [A-Za-z0-9_.+-]"
-            )
+            raise ValueError("--models needs two or more name=MODEL with different names of A-Za-z0-9_.+-")
         least = dict(num_prompts=2, max_new_tokens=1, generation_batch_size=1, judge_max_tokens=1, seed=0)
         least |= dict(concurrency=1, temperature=0, timeout=1, max_missing=0, price_in=0, price_out=0)
         for name, value in (least | dict(max_length=self.max_new_tokens + 1)).items():
@@ -100,9 +95,9 @@ class Args:
 
 
 def main(args):
+    judge = open_judge(args)  # first, so that a missing key or file is said before any work
     if "RANK" in os.environ:  # processes only wait for one another, but that as long as the slowest takes
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    judge = open_judge(args)  # first, so that a missing key or file is said before any work
     models = {name: open_model(path) for name, path in (model.split("=", 1) for model in args.models)}
     prompts = load_prompts(models, args)
     responses = {name: respond(name, model, prompts, args) for name, model in models.items()}
@@ -131,23 +126,22 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-class Journal:
-    """This process's JSON lines file of a kind. It only grows; what a kill has left of a line is cut off."""
+def open_journal(kind, args):
+    """This process's JSON lines file of a kind, which only grows. What a kill left of a line is cut off."""
+    path = Path(args.output_dir) / f"{kind}.{RANK}.jsonl"
+    with common.failing(f"{path} cannot be written, or another run has it open"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(file := open(path, "a+b"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file.seek(0)
+    torn = file.read().rpartition(b"\n")[2]
+    file.truncate(file.tell() - len(torn))
+    return file
 
-    def __init__(self, kind, args):
-        path = Path(args.output_dir) / f"{kind}.{RANK}.jsonl"
-        with common.failing(f"{path} cannot be written, or another run has it open"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file, self.lock = open(path, "a+b"), threading.Lock()
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.file.seek(0)
-        torn = self.file.read().rpartition(b"\n")[2]
-        self.file.truncate(self.file.tell() - len(torn))
 
-    def append(self, line):
-        with self.lock:
-            self.file.write(json.dumps(line).encode() + b"\n")
-            self.file.flush()
+def append(file, line):
+    """Writes a line at once. Threads may do so together: a buffered file has its own lock."""
+    file.write(json.dumps(line).encode() + b"\n")
+    file.flush()
 
 
 def kept(kind, args):
@@ -281,8 +275,9 @@ def respond(name, model, prompts, args):
     done = kept("responses", args)
     todo = sorted((row for row, key in enumerate(keys) if key not in done), key=lambda row: -len(ids[row]))
     if mine := todo[RANK::PROCESSES]:
-        journal, network = Journal("responses", args), load_network(model, args.max_length)
-        with tqdm(total=len(mine), desc=f"generate {name}", unit="response", disable=RANK > 0) as bar:
+        network = load_network(model, args.max_length)
+        bar = tqdm(total=len(mine), desc=f"generate {name}", unit="response", disable=RANK > 0)
+        with bar, open_journal("responses", args) as journal:
             for start in range(0, len(mine), args.generation_batch_size):
                 rows = mine[start : start + args.generation_batch_size]
                 batch = [ids[row] for row in rows], [keys[row] for row in rows]
@@ -290,7 +285,7 @@ def respond(name, model, prompts, args):
                 for row, (tokens, ended) in zip(rows, new, strict=True):
                     text = model.tokenizer.decode(tokens, skip_special_tokens=True)
                     line = dict(key=keys[row], response=text, tokens=len(tokens), cut=not ended)
-                    journal.append(line | dict(entropy=summed_entropy(network, ids[row], tokens)))
+                    append(journal, line | dict(entropy=summed_entropy(network, ids[row], tokens)))
                     bar.update()
     done = kept("responses", args)
     return [done[key] for key in keys]
@@ -397,8 +392,11 @@ class LocalJudge:
     def answer(self, asks, record):
         size, tokenizer = self.args.generation_batch_size, self.model.tokenizer
         budget = 2 * self.args.judge_max_tokens  # at once: asked for again, a cut answer would begin alike
-        chats = {key: [{"role": "user", "content": judge_message(*ask)}] for key, ask in asks.items()}
-        ids = {key: prompt_ids(chat, tokenizer) for key, chat in chats.items()}
+        special = "|".join(re.escape(str(x)) for x in tokenizer.added_tokens_decoder.values() if x.special)
+        ids = {}
+        for key, ask in asks.items():  # special tokens in a text are made text, by a space in them
+            message = re.sub(special, lambda token: f"{token[0][0]} {token[0][1:]}", judge_message(*ask))
+            ids[key] = prompt_ids([{"role": "user", "content": message}], tokenizer)
         network = load_network(self.model, max(map(len, ids.values())) + budget)
         keys = sorted(ids, key=lambda key: -len(ids[key]))
         for batch in (keys[start : start + size] for start in range(0, len(keys), size)):
@@ -425,15 +423,13 @@ class EndpointJudge:
     def __init__(self, args):
         self.args, self.faults, self.stopped = args, [], threading.Event()
         url = urllib.parse.urlsplit(args.base_url or "https://api.openai.com/v1")
-        if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:
+        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query:
             common.fail("--base_url must be http(s)://host[:port][/path]; a key belongs in the environment")
         openai = (url.scheme, url.netloc) == ("https", "api.openai.com")
         variable = "OPENAI_API_KEY" if openai else "JUDGE_API_KEY"
         self.key = os.environ.get(variable, "").strip()
         if not self.key and url.scheme == "https":
-            common.fail(
-                f"--judge {args.judge}: {url.hostname} needs a key: set {variable} in the environment"
-            )
+            common.fail(f"--judge {args.judge}: set {variable} in the environment, {url.hostname}'s key")
         if not args.yes and not sys.stdin.isatty():
             common.fail("calls to an endpoint may cost money and nobody can be asked here: give --yes")
         self.url = f"{url.scheme}://{url.netloc}{url.path.rstrip('/') or '/v1'}/chat/completions"
@@ -442,9 +438,7 @@ class EndpointJudge:
         self.id = digest(url.hostname, args.judge, JUDGE_PROMPT, args.judge_temperature)
         self.budget_name = "max_completion_tokens" if openai else "max_tokens"  # the one that all others know
         # A proxy can read what goes through it without https, so then there is none.
-        proxies = {
-            scheme: proxy for scheme, proxy in urllib.request.getproxies().items() if scheme == "https"
-        }
+        proxies = {name: proxy for name, proxy in urllib.request.getproxies().items() if name == "https"}
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), AsItIs)
 
     def answer(self, asks, record):
@@ -469,28 +463,31 @@ class EndpointJudge:
 
     def answer_one(self, key, ask, record):
         """Records a verdict, or after all tries why there is none. A cut answer is asked for once more."""
-        budget = first_budget = self.args.judge_max_tokens
+        budget, pause = self.args.judge_max_tokens, 0
         for attempt in range(TRIES):
-            pause, text = min(60, 2**attempt) * random.uniform(0.5, 1), ""
+            if self.stopped.wait(pause):
+                return
+            pause, line = min(60, 2**attempt) * random.uniform(0.5, 1), None
             try:
                 status, headers, text = self.post(judge_message(*ask), budget)
                 fault, pause = f"HTTP {status}", max(pause, retry_after(headers))
                 if status == 200:
                     choice = (reply := json.loads(text))["choices"][0]
                     answer = self.without_key(choice["message"]["content"] or "")
-                    reason = choice["finish_reason"]
-                    if reason != "length" or budget > first_budget:
-                        return record(key, read_verdict(answer, reason) | {"usage": reply.get("usage")})
-                    fault, budget, pause = "cut answer", 2 * first_budget, 0
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+                    line = read_verdict(answer, choice["finish_reason"]) | {"usage": reply.get("usage")}
+                    if choice["finish_reason"] == "length" and budget == self.args.judge_max_tokens:
+                        fault, budget, pause, line = "cut answer", 2 * budget, 0, None
+            except FAULTS as error:
                 fault, status = type(error).__name__, 0
+            if line:
+                return record(key, line)
             self.faults.append(fault)
-            if 300 <= status < 500 and status not in (408, 409, 425, 429) or "insufficient_quota" in text:
+            final = 300 <= status < 500 and status not in (408, 409, 425, 429)
+            if final or (status == 429 and "insufficient_quota" in text):
                 fault += ": " + self.without_key(text)[:200]
                 if status not in (400, 413, 422):  # not for this text: every other call would fare alike
+                    self.stopped.set()
                     raise RuntimeError(f"{self.url} answers {fault}; what there is so far is kept")
-                break
-            if attempt + 1 == TRIES or self.stopped.wait(pause):
                 break
         record(key, {"error": f"{fault}, at try {attempt + 1}"})
 
@@ -539,11 +536,11 @@ def ask_judge(judge, asks, args):
     done, missing = kept("verdicts", args), Counter()
     todo = [item for item in asks.items() if item[0] not in done]
     if mine := todo[RANK::PROCESSES] if judge.shared else todo * (RANK == 0):
-        journal = Journal("verdicts", args)
-        with tqdm(total=len(mine), desc="judge", unit="verdict", disable=RANK > 0) as bar:
+        bar = tqdm(total=len(mine), desc="judge", unit="verdict", disable=RANK > 0)
+        with bar, open_journal("verdicts", args) as journal:
 
             def record(key, line):
-                journal.append({"key": key, **line})
+                append(journal, {"key": key, **line})
                 missing.update([line["error"]] if "error" in line else [])
                 bar.set_postfix(missing=missing.total(), refresh=False)
                 bar.update()
@@ -585,6 +582,8 @@ def length_controlled(scores, ours, theirs, counts):
         curvature = np.einsum("dn,ni,nj->dij", counts * p * (1 - p), x, x) + 1e-3 * np.eye(2)
         step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
         weights -= step.clip(-1, 1)  # where the curvature vanishes, a whole step would overshoot
+        if np.abs(step).max() < 1e-9:
+            break
     return 100 / (1 + np.exp(-weights[:, 1]))
 
 
@@ -631,7 +630,7 @@ def make_report(judge, cells, verdicts, responses, args):
         cell["significant"] = cell["p"] * len(pairs) < 0.05  # Bonferroni's correction for so many pairs
         judged += found if (row, column) in pairs else []
     models = {name: describe(lines) for name, lines in responses.items()}
-    judge = habits(judged) | {"failed_tries": Counter(judge.faults)}
+    judge = habits(judged) | {"failed_tries": dict(Counter(judge.faults))}
     return dict(settings=vars(args), models=models, matrix=matrix, judge=judge)
 
 
@@ -649,27 +648,19 @@ def markdown(report):
     grid = {row: {"row against column": row} | dict.fromkeys(names, "–") for row in names}
     for row, column in permutations(names, 2):
         grid[row][column] = text.format(**matrix[row][column]) + "*" * matrix[row][column]["significant"]
-    shown = (
-        "n win_rate length_controlled p ties_percent flips_percent first_percent missing identical".split()
-    )
+    shown = "n win_rate length_controlled p ties_percent flips_percent first_percent missing identical"
     pairs = [(f"{row} : {column}", matrix[row][column]) for row, column in combinations(names, 2)]
-    return "\n".join(
-        [
-            table([{"model": name} | figures for name, figures in report["models"].items()]),
-            "Win rate in %, ± standard error, [95 % bootstrap interval over prompts]; * significant at 5 %",
-            table(list(grid.values())),
-            "Pairs; length-controlled: AlpacaEval's formulation without instruction difficulty",
-            table([{"pair": pair} | {name: cell[name] for name in shown} for pair, cell in pairs]),
-            "The judge, over all pairs",
-            table([report["judge"]]),
-        ]
-    )
+    parts = [table([{"model": name} | figures for name, figures in report["models"].items()])]
+    parts += ["Win rate in %, ± standard error, [95 % bootstrap interval over prompts]; * significant at 5 %"]
+    parts += [table(list(grid.values()))]
+    parts += ["Pairs; length-controlled: AlpacaEval's formulation without instruction difficulty"]
+    parts += [table([{"pair": pair} | {name: cell[name] for name in shown.split()} for pair, cell in pairs])]
+    return "\n".join(parts + ["The judge, over all pairs", table([report["judge"]])])
 
 
 def write_files(report, prompts, responses, args):
-    """report.json and report.html, a page that loads nothing and
-    runs no script but its own. Texts come into it as JSON without "<", which can neither end the element that
-    holds them nor begin another."""
+    """report.json, and report.html: a page that loads nothing and runs no script but its own. Texts come into
+    it as JSON without "<", which can neither end the element that holds them nor begin another."""
     folder, questions = Path(args.output_dir), list(map(text_of, prompts))
     (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False))
     texts = {name: [line["response"] for line in lines] for name, lines in responses.items()}
@@ -686,5 +677,5 @@ if __name__ == "__main__":
     try:
         main(common.parse_args(Args))
     except KeyboardInterrupt:
-        common.print0("stopped: all that was done is kept, and the same command goes on from there")
+        print("stopped: all that was done is kept, and the same command goes on from there", flush=True)
         os._exit(130)  # at once, for a request that hangs would be waited for

@@ -4,6 +4,7 @@ servers that fail, redirect, hang and get killed."""
 import base64
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -212,7 +213,7 @@ def models(tmp_path_factory):
     return folder
 
 
-def settings(world, models, out, **others):
+def settings(world, models, out, /, **others):
     shared = dict(
         models=[f"one={models}/m0", f"two={models}/m1"], judge=f"{models}/rule.py", output_dir=str(out)
     )
@@ -229,7 +230,7 @@ def generated(world, models, tmp_path_factory):
     return out
 
 
-def evaluate(world, models, out, generated=None, **others):
+def evaluate(world, models, out, generated=None, /, **others):
     """A run in this process; returns report.json."""
     if generated:
         shutil.copytree(generated, out, dirs_exist_ok=True)
@@ -407,7 +408,7 @@ def test_judges_of_known_habits(world, models, generated, tmp_path, rule, rate, 
     if rate:
         assert cell["win_rate"] == rate and cell["standard_error"] == 0 and cell["p"] == 1
         assert not cell["significant"] and cell["low"] == cell["high"] == 50
-    assert cell["win_rate"] + report["matrix"]["two"]["one"]["win_rate"] == 100
+    assert cell["win_rate"] + report["matrix"]["two"]["one"]["win_rate"] == pytest.approx(100, abs=1e-9)
 
 
 def test_an_oracle_scores_100(world, models, generated, tmp_path):
@@ -436,12 +437,7 @@ def test_identical_responses_tie_without_a_call(world, models, generated, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "text, message",
-    [
-        ("judge = lambda p, a, b: 1", "returned 1"),
-        ("x = 1", "no function judge"),
-        ("def judge(", "cannot be used"),
-    ],
+    "text, message", [("judge = lambda p, a, b: 1", "returned 1"), ("x = 1", "no function judge")]
 )
 def test_bad_rules_are_one_line(world, models, generated, tmp_path, capsys, text, message):
     (tmp_path / "bad.py").write_text(text)
@@ -455,7 +451,7 @@ def test_errors_of_use(world, models, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     cases = {
         "name=MODEL": dict(models=["runs/sft"]),
-        "another name": dict(models=[f"x={models}/m0", f"x={models}/m1"]),
+        "different names": dict(models=[f"x={models}/m0", f"x={models}/m1"]),
         "--num_prompts must be 2": dict(num_prompts=1),
         "--max_length must be 17": dict(max_length=16),
         "--temperature must be 0": dict(temperature=-1.0),
@@ -568,12 +564,13 @@ def expected_matrix(world, models, generated, tmp_path):
 def test_a_faulty_endpoint_loses_and_invents_no_verdict(world, models, generated, tmp_path, serve, quick):
     """Three tries in ten fail, in all the ways that there are, and each message in at most three of them."""
     generator, tried, faults, lock = np.random.default_rng(0), Counter(), Counter(), threading.Lock()
+    kinds = itertools.cycle(range(7))
     wrong = {"[[A]]": "[[B]]", "[[B]]": "[[A]]", "[[tie]]": "[[A]]"}
 
     def reply(message, body, headers):
         good = by_rule(message)
         with lock:
-            fault = generator.integers(7) if generator.random() < 0.3 and tried[message] < 3 else None
+            fault = next(kinds) if generator.random() < 0.3 and tried[message] < 3 else None
             if fault == 5 and body["max_tokens"] > 512:
                 fault = None  # twice as long, it comes to an end
             tried[message] += fault is not None
@@ -853,58 +850,53 @@ def test_ctrl_c_keeps_what_is_done(world, models, generated, tmp_path, serve):
 def test_two_runs_do_not_share_a_journal(world, models, generated, tmp_path, capsys):
     shutil.copytree(generated, tmp_path / "out")
     args = eval_judge.Args(**settings(world, models, tmp_path / "out"))
-    held = eval_judge.Journal("verdicts", args)
-    with pytest.raises(SystemExit):
+    with eval_judge.open_journal("verdicts", args), pytest.raises(SystemExit):
         evaluate(world, models, tmp_path / "out")
     assert "another run has it open" in capsys.readouterr().err
-    held.file.close()
     evaluate(world, models, tmp_path / "out")
 
 
 # Hugging Face models as judges
 
 
-@pytest.fixture(scope="module")
-def first_judge(tmp_path_factory):
-    """A model that answers [[A]] to everything: what it says next depends on the last token alone."""
-    folder = tmp_path_factory.mktemp("judge")
+def judge_model(folder, answer, ends=True):
+    """A model that answers everything alike: what it says next depends on the last token alone."""
     tokenizer = tiny.tokenizer()
-    tokenizer.add_tokens(["[[A]]"])
+    tokenizer.add_tokens([answer])
     config = tiny.CONFIGS["llama"]()
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 4096
     network = AutoModelForCausalLM.from_config(config)
-    newline, verdict, end = tokenizer.convert_tokens_to_ids(["Ċ", "[[A]]", "<|im_end|>"])
+    newline, verdict, end = tokenizer.convert_tokens_to_ids(["Ċ", answer, "<|im_end|>"])
     with torch.no_grad():
         for layer in network.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         embedding, head = network.model.embed_tokens.weight.zero_(), network.lm_head.weight.zero_()
         embedding[newline, 0] = embedding[verdict, 1] = 1
-        head[verdict, 0] = head[end, 1] = 9
+        head[verdict, 0] = head[end if ends else verdict, 1] = 9
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def first_judge(tmp_path_factory):
+    return judge_model(tmp_path_factory.mktemp("judge"), "[[A]]")
 
 
 def test_a_local_model_judges(world, models, generated, first_judge, tmp_path):
-    args = dict(judge=str(first_judge), judge_max_tokens=8, num_prompts=10)
+    args = dict(judge=first_judge, judge_max_tokens=8, num_prompts=10)
     report = evaluate(world, models, tmp_path / "out", generated, **args)
     cell = report["matrix"]["one"]["two"]
     assert (cell["win_rate"], cell["n"], report["judge"]["flips_percent"]) == (50, 10, 100)
     assert {line["answer"] for line in journal(tmp_path / "out")} == {"[[A]]"}
 
 
-def test_a_local_model_that_gives_no_verdict(world, models, generated, tmp_path, capsys):
+@pytest.mark.parametrize("answer, ends", [("[[?]]", True), ("[[A]]", False)], ids=["undecided", "endless"])
+def test_a_local_model_that_gives_no_verdict(world, models, generated, tmp_path, capsys, answer, ends):
+    args = dict(judge=judge_model(tmp_path / "judge", answer, ends), judge_max_tokens=4, num_prompts=2)
     with pytest.raises(SystemExit):
-        evaluate(
-            world,
-            models,
-            tmp_path / "out",
-            generated,
-            judge=f"{models}/m2",
-            judge_max_tokens=2,
-            num_prompts=2,
-        )
+        evaluate(world, models, tmp_path / "out", generated, **args)
     assert "4 of 4 verdicts are missing" in capsys.readouterr().err
 
 
