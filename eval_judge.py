@@ -222,49 +222,42 @@ def load_network(model, longest):
     return network.eval().to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
 
 
-class OwnRandomNumbers(LogitsProcessor):
-    """Samples each row with a generator of its own, so that no row's token depends on another's. All but the
-    sampled token is ruled out, and the greedy search that follows takes it."""
+class Sampler(LogitsProcessor):
+    """Samples each row with random numbers of its own, so that no row's tokens depend on another's: all but
+    the sampled token is ruled out, and greedy search takes it. Temperature 0 leaves the search as it is."""
 
-    def __init__(self, keys, temperature, prompt_length, max_new_tokens):
-        self.temperature, self.prompt_length = temperature, prompt_length
+    def __init__(self, keys, temperature, max_new_tokens):
+        self.temperature, self.entropies = temperature, []  # (B,) a step, in nats, of the raw logits
         generators = [torch.Generator().manual_seed(int(key[:15], 16)) for key in keys]
         draws = [torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
         self.draws = torch.stack(draws, dim=1)  # (max_new_tokens, B), uniform in [0, 1)
 
     def __call__(self, input_ids, scores):  # scores (B, V)
-        step = input_ids.shape[1] - self.prompt_length
+        drawn = self.draws[len(self.entropies), :, None].to(scores.device)  # (B, 1)
+        self.entropies.append(torch.special.entr(scores.softmax(-1)).sum(-1))
+        if not self.temperature:
+            return scores
         cumulative = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
-        drawn = self.draws[step, :, None].to(scores.device)  # (B, 1)
         tokens = torch.searchsorted(cumulative, drawn, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 
 @torch.inference_mode()
 def generate(network, prompts, keys, temperature, max_new_tokens):
-    """(token ids with the end token, whether there is one) of a response to each prompt of token ids. `keys`
-    are hex digests, from which the responses' random numbers come."""
+    """A response to each prompt of token ids: (its token ids with the end token, whether there is one, the
+    summed entropy of its tokens in nats). `keys` are hex digests, from which the random numbers come."""
     longest, config = max(map(len, prompts)), network.generation_config
     padded = [[config.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
     mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-    own = [OwnRandomNumbers(keys, temperature, longest, max_new_tokens)] if temperature else []
-    how = dict(logits_processor=own, max_new_tokens=max_new_tokens, do_sample=False)
     padded, mask = (torch.tensor(rows, device=network.device) for rows in (padded, mask))  # (B, longest)
+    sampler = Sampler(keys, temperature, max_new_tokens)
+    how = dict(logits_processor=[sampler], max_new_tokens=max_new_tokens, do_sample=False)
+    rows = network.generate(padded, attention_mask=mask, **how)[:, longest:].tolist()
     responses = []
-    for row in network.generate(padded, attention_mask=mask, **how)[:, longest:].tolist():
-        end = next((place for place, token in enumerate(row) if token in config.eos_token_id), None)
-        responses.append((row, False) if end is None else (row[: end + 1], True))
+    for row, entropies in zip(rows, torch.stack(sampler.entropies, dim=1).tolist(), strict=True):
+        end = next((place for place, token in enumerate(row) if token in config.eos_token_id), len(row))
+        responses.append((row[: end + 1], end < len(row), sum(entropies[: end + 1])))
     return responses
-
-
-@torch.inference_mode()
-def summed_entropy(network, prompt, response):
-    """Entropy of the next-token distribution in nats, summed over a response's tokens: that of the raw
-    logits, whatever temperature the response was sampled at."""
-    ids = torch.tensor([prompt + response], device=network.device)
-    logits = network(ids, logits_to_keep=len(response) + 1, use_cache=False).logits[0, :-1]  # (T, V)
-    logps = (part.float().log_softmax(-1) for part in logits.split(256))
-    return -sum((part.exp() * part).sum().item() for part in logps)
 
 
 def respond(name, model, prompts, args):
@@ -282,10 +275,10 @@ def respond(name, model, prompts, args):
                 rows = mine[start : start + args.generation_batch_size]
                 batch = [ids[row] for row in rows], [keys[row] for row in rows]
                 new = generate(network, *batch, args.temperature, args.max_new_tokens)
-                for row, (tokens, ended) in zip(rows, new, strict=True):
+                for row, (tokens, ended, entropy) in zip(rows, new, strict=True):
                     text = model.tokenizer.decode(tokens, skip_special_tokens=True)
-                    line = dict(key=keys[row], response=text, tokens=len(tokens), cut=not ended)
-                    append(journal, line | dict(entropy=summed_entropy(network, ids[row], tokens)))
+                    line = dict(response=text, tokens=len(tokens), cut=not ended, entropy=entropy)
+                    append(journal, {"key": keys[row], **line})
                     bar.update()
     done = kept("responses", args)
     return [done[key] for key in keys]
@@ -401,7 +394,7 @@ class LocalJudge:
         keys = sorted(ids, key=lambda key: -len(ids[key]))
         for batch in (keys[start : start + size] for start in range(0, len(keys), size)):
             new = generate(network, [ids[key] for key in batch], batch, self.temperature, budget)
-            for key, (tokens, ended) in zip(batch, new, strict=True):
+            for key, (tokens, ended, _) in zip(batch, new, strict=True):
                 answer = tokenizer.decode(tokens, skip_special_tokens=True)
                 record(key, read_verdict(answer, "stop" if ended else "length"))
 
