@@ -1,5 +1,6 @@
-"""Evaluation as in Tables 1 and 2 of the SPO paper: models answer held-out prompts, a judge compares their
-responses pair by pair, and out comes the win rate of each row's model against each column's.
+"""Win rates of models against one another, judged pair by pair, as in Tables 1 and 2 of the SPO paper.
+
+Each model answers held-out prompts, and a judge says which of two responses is better, or neither:
 
     verdict = 1, 1/2 or 0: the row's response wins, ties or loses
     score   = mean of two verdicts, one with each response shown first
@@ -85,7 +86,7 @@ class Args:
 
     def __post_init__(self):
         names = {model.partition("=")[0] for model in self.models if re.fullmatch(r"[\w.+-]+=.+", model)}
-        if len(names) < max(2, len(self.models)):
+        if self.models and len(names) < max(2, len(self.models)):
             raise ValueError("--models needs two or more name=MODEL with different names of A-Za-z0-9_.+-")
         least = dict(num_prompts=2, max_new_tokens=1, generation_batch_size=1, judge_max_tokens=1, seed=0)
         least |= dict(concurrency=1, temperature=0, timeout=1, max_missing=0, price_in=0, price_out=0)
@@ -95,6 +96,8 @@ class Args:
 
 
 def main(args):
+    if not args.models:
+        common.fail("which models are to be compared? --models name=MODEL name=MODEL ...")
     judge = open_judge(args)  # first, so that a missing key or file is said before any work
     if "RANK" in os.environ:  # processes only wait for one another, but that as long as the slowest takes
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
@@ -214,8 +217,10 @@ def load_network(model, longest):
     with common.failing(f"model {model.model} cannot be used"):
         network, info = AutoModelForCausalLM.from_pretrained(model.folder, dtype=dtype, **how)
         limit = getattr(network.config.get_text_config(), "max_position_embeddings", longest)
-        if info["missing_keys"] or limit < longest:
-            raise ValueError(f"missing tensors: {len(info['missing_keys'])}; tokens: {limit} of {longest}")
+        if info["missing_keys"]:
+            raise ValueError(f"{len(info['missing_keys'])} of its tensors are missing")
+        if limit < longest:
+            raise ValueError(f"it takes {limit} tokens and {longest} may be needed: see --max_length")
         ends = common.empty_model(model.tokenizer, dtype, model).generation_config.eos_token_id
     ends = np.atleast_1d(model.tokenizer.eos_token_id if ends is None else ends).tolist()
     network.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
@@ -449,8 +454,9 @@ class EndpointJudge:
         args = self.args
         read, written = sum(len(judge_message(*ask)) for ask in asks.values()) // 4, 8 * len(asks)
         cost = (read * args.price_in + written * args.price_out) / 1e6
-        calls = f"{len(asks)} calls to {args.judge}: about {read:,} tokens to read and {written:,} to write,"
-        common.print0(f"{calls} more if it thinks first; {cost:.2f} at the given prices")
+        cost = f", for {cost:.2f} in all" if cost else ""
+        calls = f"{len(asks)} calls to {args.judge}: about {read:,} tokens to read and {written:,} to write"
+        common.print0(f"{calls}{cost}; more if it thinks before its verdict")
         if not args.yes and input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
             common.fail("stopped before the first call; the responses are kept")
 

@@ -461,6 +461,7 @@ def test_errors_of_use(world, models, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     cases = {
+        "which models": dict(models=[]),
         "name=MODEL": dict(models=["runs/sft"]),
         "different names": dict(models=[f"x={models}/m0", f"x={models}/m1"]),
         "--num_prompts must be 2": dict(num_prompts=1),
@@ -470,10 +471,11 @@ def test_errors_of_use(world, models, tmp_path, capsys, monkeypatch):
         "no safetensors": dict(models=[f"a={tmp_path}/empty", f"b={models}/m0"]),
         "there is no file": dict(eval_split="test_other"),
         "are too few": dict(max_length=18),
-        "tokens: 512 of 9000": dict(max_length=9000),
+        "it takes 512 tokens and 9000": dict(max_length=9000),
     }
     for message, change in cases.items():
         args = settings(world, models, tmp_path / "out", **change)
+        args = {name: value for name, value in args.items() if value != []}
         monkeypatch.setattr(sys, "argv", command(args)[1:])
         with pytest.raises(SystemExit) as end:
             eval_judge.main(common.parse_args(eval_judge.Args))
@@ -526,10 +528,13 @@ class Handler(BaseHTTPRequestHandler):
             self.server.seen.append((message, body, dict(self.headers)))
         status, headers, text = self.server.reply(message, body, self.headers)
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(text.encode())), **headers}.items():
+        length = {"Content-Length": str(len("".join(text).encode()))}
+        for name, value in (length | headers).items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(text.encode())
+        for part in [text] if isinstance(text, str) else text:
+            time.sleep(0 if part is text else 0.3)  # a list is sent bit by bit
+            self.wfile.write(part.encode())
 
     def log_message(self, *_):
         pass
@@ -627,6 +632,20 @@ def test_a_server_is_not_asked_before_the_time_that_it_names(
     assert len(times) == 8 and all(later - first >= 1 for first, later in times.values())
 
 
+def test_the_time_limit_is_that_of_the_whole_response(world, models, generated, tmp_path, serve, quick):
+    """A server that sends something every 0.3 s never lets a single wait run out."""
+
+    def reply(message, body, headers):
+        status, headers, text = completion("[[A]]")
+        return status, headers, text if server.messages()[message] > 1 else list(text[:20]) + [text[20:]]
+
+    server = serve(reply)
+    report = evaluate(
+        world, models, tmp_path / "out", generated, **endpoint(server, num_prompts=2, timeout=1.0)
+    )
+    assert report["judge"]["failed_tries"] == {"TimeoutError": 4} and report["judge"]["missing"] == 0
+
+
 def test_requests_run_concurrently_but_no_more_than_asked_for(world, models, generated, tmp_path, serve):
     now, most, lock = [0], [0], threading.Lock()
 
@@ -714,6 +733,9 @@ def test_the_key_goes_to_its_host_alone_and_is_written_nowhere(
     """The server repeats it in answers and errors; OpenAI's key stays at home."""
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-openai-own")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which would see the key
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
     server = serve(
         lambda message, body, headers: completion(f"{headers['Authorization']}\n{by_rule(message)}")
     )
@@ -771,7 +793,8 @@ def test_the_calls_are_announced_and_may_be_declined(
         evaluate(world, models, tmp_path / "out", generated, **args)
     printed = capsys.readouterr().out
     calls, read, written, cost = re.search(
-        r"(\d+) calls to some-model: about ([\d,]+) tokens to read and (\d+) to write.*; ([\d.]+) at", printed
+        r"(\d+) calls to some-model: about ([\d,]+) tokens to read and (\d+) to write, for ([\d.]+) in all",
+        printed,
     ).groups()
     assert (calls, written, server.seen) == ("20", "160", [])
     assert float(cost) == pytest.approx(int(read.replace(",", "")) / 1000 + 160, abs=0.01)
