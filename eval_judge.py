@@ -331,12 +331,9 @@ is better, [[B]] if response B is better, [[tie]] if they are equally good."""
 
 
 def judge_message(prompt, a, b):
-    """What a model is asked. The fence is a hash of the texts and stands in none of them."""
+    """What a model is asked. The fence is a hash of the texts, which no text can therefore hold."""
     texts = dict(conversation=text_of(prompt), a=a, b=b)
-    fence = digest(texts)[:16]
-    while any(fence in text for text in texts.values()):
-        fence = digest(fence)[:16]
-    return JUDGE_PROMPT.format(fence=fence, **texts)
+    return JUDGE_PROMPT.format(fence=digest(texts)[:32], **texts)
 
 
 def read_verdict(answer, finish_reason):
