@@ -21,12 +21,19 @@ import transformers
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+MEANS = ["--contrast=simpo", "--beta=5", "--learning_rate=2e-4"]
 RUNS = {  # name: script, and what differs from recipes/toy.yaml
     "DPO, beta 0.1": ["dpo.py", "--beta=0.1"],
     "DPO, beta 1": ["dpo.py"],
     "IPO, beta 0.1": ["ipo.py"],
+    "KTO, beta 1": ["kto.py"],
     "SPO, one term": ["spo.py", "--alpha=0"],
     "SPO, two terms": ["spo.py"],
+    "StaPO, log-ratios": ["stapo.py"],
+    "StaPO, means, 1.6 to 2": ["stapo.py", *MEANS, "--margin_left=1.6", "--margin_right=2"],
+    "StaPO, means, 0.6 to 0.8": ["stapo.py", *MEANS, "--margin_left=0.6", "--margin_right=0.8"],
+    "SimPO": ["alphapo.py", "--alpha=0"],
+    "AlphaPO, alpha 0.25": ["alphapo.py"],
 }
 
 

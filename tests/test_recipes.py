@@ -68,9 +68,6 @@ def parse(monkeypatch):
     """A recipe's section as its script reads it: parse(stem, script, more arguments...)."""
 
     def parse(stem, script, *arguments):
-        absent = [name for name in SECTIONS[stem] if not (ROOT / f"{name}.py").exists()]
-        if absent:  # such a section would be taken for a misspelt key
-            pytest.skip(f"{FILES[stem].name} has a section for {absent[0]}.py, which does not exist yet")
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr("sys.argv", [f"{script}.py", "--config", f"recipes/{stem}.yaml", *arguments])
         return common.parse_args(importlib.import_module(script).Args)

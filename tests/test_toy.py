@@ -1,5 +1,6 @@
 """The toy world: its judge, its files, and that training on it does what the README says."""
 
+import importlib
 import itertools
 import json
 import math
@@ -16,7 +17,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+import common
+
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "common"]
 TOY = ROOT / "toy"
 sys.path.insert(0, str(TOY))
 import judge  # noqa: E402
@@ -210,6 +214,13 @@ def test_the_shipped_checkpoint_is_that_of_the_recipe():
     shared = {key: value for key, value in recipe.items() if not isinstance(value, dict)}
     used = yaml.safe_load((TOY / "sft/config.yaml").read_text())
     assert used.items() >= (shared | recipe["sft"]).items()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_recipe_has_a_section_for_every_script(script, monkeypatch):
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "--config", str(ROOT / "recipes/toy.yaml")])
+    args = common.parse_args(importlib.import_module(script).Args)
+    assert args.output_dir == f"runs/toy/{script}" and args.dataset == "toy/data"
 
 
 def from_readme(script, out):

@@ -1,0 +1,105 @@
+"""What the README says about commands, settings, defaults, metrics and files is what the code has."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "common"]
+METHODS = [name for name in SCRIPTS if name not in ("sft", "eval_judge")]
+COMMANDS = [
+    part.strip()
+    for line in re.findall(r"^    (\S.*)$", README, re.M) + re.findall(r"`(python [^`]+)`", README)
+    for part in line.split("&&")
+]
+
+
+def args_of(name):
+    return importlib.import_module(name).Args
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if ".py" in command])
+def test_commands_are_understood(command, monkeypatch):
+    words = shlex.split(command)
+    assert words[0] in ("python", "torchrun", "diff")
+    files = [word for word in words if word.endswith(".py")]
+    assert all((ROOT / file).is_file() for file in files if file != "mine.py")
+    script = Path(files[0]).stem
+    if words[0] == "diff" or script not in [*SCRIPTS, "mine"]:
+        return
+    left_out = ["--help"]  # would print and exit
+    if "runs/spo/config.yaml" in words:  # is written by a run
+        left_out += ["--config", "runs/spo/config.yaml"]
+    arguments = [word for word in words[words.index(files[0]) + 1 :] if word not in left_out]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [files[0], *arguments])
+    common.parse_args(args_of("spo" if script == "mine" else script))
+
+
+def test_the_first_screen_has_the_commands():
+    first = README.splitlines()[:24]
+    assert any("spo.py --config recipes/toy.yaml && python toy/score.py" in line for line in first)
+    assert any("python -m pytest" in line for line in first)
+    assert any(line == "    torchrun --nproc_per_node 8 spo.py --beta 0.1" for line in first)
+
+
+def test_settings_that_are_named_exist():
+    fields = {field.name for name in SCRIPTS for field in dataclasses.fields(args_of(name))}
+    others = {"config", "help", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "dist"}
+    named = set(re.findall(r"--(\w+)", README))
+    assert named <= fields | others, named - fields - others
+
+
+def table_rows():
+    """{script: cells} of the table of the scripts."""
+    rows = re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\) \|(.*)\|$", README, re.M)
+    return {name: [cell.strip() for cell in cells.split(" | ")] for name, cells in rows}
+
+
+def test_every_script_is_in_the_table():
+    assert sorted(table_rows()) == SCRIPTS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_table_has_the_defaults_of_the_code(name):
+    *_, cell = table_rows()[name]
+    said = dict(part.split(" ", 1) for part in cell.strip("` ").split(", "))
+    fields = dataclasses.fields(args_of(name))
+    own = fields[: [field.name for field in fields].index("model")]
+    assert said == {field.name: str(field.default).lower() for field in own}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_formula_links_to_the_loss(name):
+    (script, line) = re.search(r"\]\((\w+)\.py#L(\d+)\)", table_rows()[name][0]).groups()
+    loss = "kto_loss" if name == "kto" else "preference_loss"
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    where = next(node.lineno for node in tree.body if getattr(node, "name", "") == loss)
+    assert (script, int(line)) == (name, where)
+
+
+def test_every_metric_is_explained():
+    import spo
+
+    pair = common.PairLogps(*torch.ones(4, 1))
+    values = spo.values_of(pair, pair, *torch.ones(3, 1)).keys()
+    measured = {*values, "eval/entropy", "grad_norm", "learning_rate", "tokens_per_second"}
+    table = README.split("| metric |")[1].split("\n\n")[0]
+    first_cells = re.findall(r"^\| (`.*?) \|", table, re.M)
+    explained = {name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)}
+    assert measured <= explained and explained - measured <= {"kl"}
+
+
+def test_links_into_the_repository_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)(?:#\w+)?\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
