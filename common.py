@@ -401,7 +401,8 @@ def encode_pair(row, tokenizer):
 
 def encode_unpaired(row, tokenizer):
     """One example with one response and its label; a pair gives two."""
-    labels = {"completion": row["label"]} if "completion" in row else {"chosen": True, "rejected": False}
+    labelled = {"completion", "label"} <= row.keys()
+    labels = {"completion": row["label"]} if labelled else {"chosen": True, "rejected": False}
     if not all(isinstance(label, bool) for label in labels.values()):
         raise ValueError(f"label must be true or false, not {row['label']!r}")
     turns = [(label, *split_turns(row, column)) for column, label in labels.items()]

@@ -26,10 +26,11 @@ Departures from the paper: both orders are judged, not one, and every figure has
 """
 
 import base64
+import contextlib
 import datetime
+import email.utils
 import fcntl
 import hashlib
-import http.client
 import importlib.util
 import json
 import os
@@ -57,8 +58,7 @@ from transformers.hf_argparser import HfArg
 import common
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-TRIES = 10  # of a request; with the pauses between them about four minutes
-FAULTS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)  # of a try
+TRIES = 10  # of a request; with the pauses between them about three minutes
 
 
 @dataclass
@@ -177,8 +177,8 @@ def load_prompts(models, args):
 
 
 def prompt_of(row):
-    """The prompt as in training: what `chosen` answers. Without that column, what any answer would answer."""
-    row = {"chosen": [{"role": "assistant", "content": ""}]} | row
+    """The prompt as in training: what `chosen`, `completion` or, without these, any answer would answer."""
+    row = {"chosen": row.get("completion", [{"role": "assistant", "content": ""}])} | row
     return common.split_turns(row, "chosen")[0]
 
 
@@ -203,14 +203,18 @@ def open_model(path):
         model.folder = common.model_folder(path, weights=True)
         if not any(model.folder.glob("*.safetensors")):
             raise ValueError("there are no safetensors in its folder")
-        model.fingerprint = digest(common.start_fingerprint(model))  # of config and weights
     model.tokenizer = common.load_tokenizer(path)
+    with common.failing(f"model {path} cannot be read"):
+        # From its generation config come the end tokens alone, so that all models are sampled alike; the chat
+        # template's end token is always among them.
+        ends = common.empty_model(model.tokenizer, torch.float32, model).generation_config.eos_token_id
+        model.ends = np.atleast_1d(model.tokenizer.eos_token_id if ends is None else ends).tolist()
+        model.fingerprint = digest(common.start_fingerprint(model), model.ends)  # config, weights, end tokens
     return model
 
 
 def load_network(model, longest):
-    """The network, in bfloat16 on a GPU. From its generation config come the end tokens alone, so that all
-    models are sampled alike; the chat template's end token is always among them."""
+    """The network, in bfloat16 on a GPU."""
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
     how = dict(use_safetensors=True, output_loading_info=True, trust_remote_code=False)
@@ -221,9 +225,7 @@ def load_network(model, longest):
             raise ValueError(f"{len(info['missing_keys'])} of its tensors are missing")
         if limit < longest:
             raise ValueError(f"it takes {limit} tokens and {longest} may be needed: see --max_length")
-        ends = common.empty_model(model.tokenizer, dtype, model).generation_config.eos_token_id
-    ends = np.atleast_1d(model.tokenizer.eos_token_id if ends is None else ends).tolist()
-    network.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
+    network.generation_config = GenerationConfig(eos_token_id=model.ends, pad_token_id=model.ends[0])
     return network.eval().to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
 
 
@@ -370,7 +372,9 @@ class RuleJudge:
 
     def answer(self, asks, record):
         for key, ask in asks.items():
-            if (verdict := self.judge(*ask)) not in ("a", "b", "tie"):
+            with common.failing("--judge: judge() failed"):
+                verdict = self.judge(*ask)
+            if verdict not in ("a", "b", "tie"):
                 common.fail(f'--judge: judge() returned {verdict!r}; a verdict is "a", "b" or "tie"')
             record(key, {"verdict": verdict})
 
@@ -382,12 +386,15 @@ class LocalJudge:
 
     def __init__(self, args):
         self.args, self.model, self.temperature = args, open_model(args.judge), max(0, args.judge_temperature)
+        if not self.model.tokenizer.chat_template:
+            common.fail(f"--judge {args.judge}: its tokenizer has no chat template")
         self.id = digest(self.model.fingerprint, JUDGE_PROMPT, self.temperature)
 
     def answer(self, asks, record):
         size, tokenizer = self.args.generation_batch_size, self.model.tokenizer
         budget = 2 * self.args.judge_max_tokens  # at once: asked for again, a cut answer would begin alike
-        special = "|".join(re.escape(str(x)) for x in tokenizer.added_tokens_decoder.values() if x.special)
+        special = [re.escape(str(x)) for x in tokenizer.added_tokens_decoder.values() if x.special]
+        special = "|".join(special) or "(?!)"  # which is nowhere
         ids = {}
         for key, ask in asks.items():  # special tokens in a text are made text, by a space in them
             message = re.sub(special, lambda token: f"{token[0][0]} {token[0][1:]}", judge_message(*ask))
@@ -416,7 +423,7 @@ class EndpointJudge:
     shared = False
 
     def __init__(self, args):
-        self.args, self.faults, self.stopped = args, [], threading.Event()
+        self.args, self.faults, self.stopped, self.heard = args, [], threading.Event(), False
         url = urllib.parse.urlsplit(args.base_url or "https://api.openai.com/v1")
         if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query:
             common.fail("--base_url must be http(s)://host[:port][/path]; a key belongs in the environment")
@@ -442,6 +449,9 @@ class EndpointJudge:
         try:
             with common.failing(f"--judge {self.args.judge}"):
                 list(pool.map(lambda item: self.answer_one(*item, record), asks.items()))
+        except KeyboardInterrupt:
+            tqdm.write("waiting for the requests under way; Ctrl-C again ends at once")
+            raise
         finally:  # behind Ctrl-C as well: running requests have been paid for, and are still recorded
             self.stopped.set()
             pool.shutdown(cancel_futures=True)
@@ -454,8 +464,10 @@ class EndpointJudge:
         cost = f", for {cost:.2f} in all" if cost else ""
         calls = f"{len(asks)} calls to {args.judge}: about {read:,} tokens to read and {written:,} to write"
         common.print0(f"{calls}{cost}; more if it thinks before its verdict")
-        if not args.yes and input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
-            common.fail("stopped before the first call; the responses are kept")
+        with contextlib.suppress(EOFError):  # Ctrl-D
+            if args.yes or input("Go on? [y/N] ").strip().lower() in ("y", "yes"):
+                return
+        common.fail("stopped before the first call; the responses are kept")
 
     def answer_one(self, key, ask, record):
         """Records a verdict, or after all tries why there is none. A cut answer is asked for once more."""
@@ -469,22 +481,29 @@ class EndpointJudge:
                 fault, pause = f"HTTP {status}", max(pause, retry_after(headers))
                 if status == 200:
                     choice = (reply := json.loads(text))["choices"][0]
-                    answer = self.without_key(choice["message"]["content"] or "")
-                    line = read_verdict(answer, choice["finish_reason"]) | {"usage": reply.get("usage")}
+                    said = choice["message"]["content"] or "", choice["finish_reason"], reply.get("usage")
+                    answer, ended, usage = json.loads(self.without_key(json.dumps(said)))
+                    line = read_verdict(answer, ended) | {"usage": usage}
                     if choice["finish_reason"] == "length" and budget == self.args.judge_max_tokens:
                         fault, budget, pause, line = "cut answer", 2 * budget, 0, None
-            except FAULTS as error:
+            except Exception as error:  # a server may send anything, and each would be a failed try
                 fault, status = type(error).__name__, 0
             if line:
+                self.heard = True
                 return record(key, line)
             self.faults.append(fault)
             final = 300 <= status < 500 and status not in (408, 409, 425, 429)
             if final or (status == 429 and "insufficient_quota" in text):
                 fault += ": " + self.without_key(text)[:200]
-                if status not in (400, 413, 422):  # not for this text: every other call would fare alike
+                # 403 may also be about this text, in some gateways; the others say what holds for all texts.
+                if status not in (400, 413, 422) and not (status == 403 and self.heard):
                     self.stopped.set()
                     raise RuntimeError(f"{self.url} answers {fault}; what there is so far is kept")
                 break
+        else:
+            if not self.heard:  # ten tries without a word: every other call would fare alike
+                self.stopped.set()
+                raise RuntimeError(f"{self.url} gives no answer: {fault}, at try {TRIES}")
         record(key, {"error": f"{fault}, at try {attempt + 1}"})
 
     def post(self, message, budget):
@@ -508,9 +527,13 @@ class EndpointJudge:
 
 
 def retry_after(headers):
-    """The seconds that the server asks to wait; at most ten minutes."""
-    seconds = headers.get("Retry-After", "")
-    return min(600, int(seconds)) if seconds.isdecimal() else 0
+    """The seconds that the server asks to wait, which it says as such or as a date; at most ten minutes."""
+    said, seconds = headers.get("Retry-After", ""), 0
+    with contextlib.suppress(ValueError):
+        seconds = email.utils.parsedate_to_datetime(said).timestamp() - time.time()
+    with contextlib.suppress(ValueError):
+        seconds = float(said)
+    return min(600, max(0, seconds))
 
 
 def list_asks(judge, prompts, responses):
@@ -647,7 +670,7 @@ def markdown(report):
     shown = "n win_rate length_controlled p ties_percent flips_percent first_percent missing identical"
     pairs = [(f"{row} : {column}", matrix[row][column]) for row, column in combinations(names, 2)]
     parts = [table([{"model": name} | figures for name, figures in report["models"].items()])]
-    parts += ["Win rate in %, ± standard error, [95 % bootstrap interval over prompts]; * significant at 5 %"]
+    parts += ["Win rate in %, ± standard error, [95 % bootstrap interval]; * significant at 5 % (Bonferroni)"]
     parts += [table(list(grid.values()))]
     parts += ["Pairs; length-controlled: AlpacaEval's formulation without instruction difficulty"]
     parts += [table([{"pair": pair} | {name: cell[name] for name in shown.split()} for pair, cell in pairs])]

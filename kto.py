@@ -14,12 +14,12 @@ far on the wrong side is given up. For n_D and n_U rows of the two classes, the 
 which w_D n_D / (w_U n_U) is from 1 to 4/3, or, in version 4, 3/2.
 
 Departures from the paper: z0. The authors shift the completions of each micro-batch by one and average over
-it, so that z0 varies with how a batch is computed, and takes two rows. Here y' is the completion of one row
-for the whole run, the next one with another prompt in the order of the first epoch, cut where it would exceed
---max_length; and the mean is over the whole step and all processes, before its training passes (in an
-evaluation, over the whole held-out split). So z0 depends on neither processes nor micro-batches, a step of
-one row has one, and ref(y'|x) is computed beforehand. The paper advises a learning rate of 5e-6; the default
-is that of dpo.py, to compare the two.
+those that the processes compute at a time, so that z0 varies with how a batch is computed, and takes two
+rows. Here y' is the completion of one row for the whole run, the next one with another prompt in the order of
+the first epoch, cut where it would exceed --max_length; and the mean is over the whole step and all
+processes, before its training passes (in an evaluation, over the whole held-out split). So z0 depends on
+neither processes nor micro-batches, a step of one row has one, and ref(y'|x) is computed beforehand. The
+paper advises a learning rate of 5e-6; the default is that of dpo.py, to compare the two.
 
 Larger differences from dpo.py: rows for pairs, so `common.load_unpaired`, metrics by class and
 `report_classes`; for z0 `partners`, `mismatch`, `add_mismatched` and `add_reference` before the loop, and
@@ -158,13 +158,15 @@ def add_reference(model, train, held_out, args, run):
 
 
 @torch.no_grad()
-def reference_point(model, batches, run):
-    """z0, 0-d: the mean log-ratio of the mismatched pairs, all processes' `batches` together, at least 0."""
+def reference_point(model, batches, metrics, run):
+    """z0, 0-d: the mean log-ratio of the mismatched pairs, all processes' `batches` together, at least 0.
+    Their tokens count as computed."""
     total = torch.zeros(2, dtype=torch.float64, device=run.device)  # sum, count
     for batch in batches:
         logratios = common.response_logps(model, batch) - batch.ref_sums  # (B,)
         total[0] += logratios.double().sum()
         total[1] += len(logratios)
+        metrics.tokens += len(batch.ids)
     torch.distributed.all_reduce(total)
     return (total[0] / total[1]).clamp(min=0)
 
@@ -193,7 +195,8 @@ def with_margins(results, prefix=""):
 def evaluate(model, held_out, step, args, run):
     """The metrics of the held-out rows; the values of each row go to output_dir/eval."""
     metrics = common.Metrics(run)
-    kl = reference_point(model, common.whole_split(held_out.mismatched, "evaluate z0", args, run), run)
+    mismatched = common.whole_split(held_out.mismatched, "evaluate z0", args, run)
+    kl = reference_point(model, mismatched, metrics, run)
     for batch in common.whole_split(held_out, "evaluate", args, run):
         policy = common.response_logps(model, batch, entropy=True)
         losses, rewards = kto_loss(policy, batch.ref_sums, batch.labels, kl, args)
@@ -216,7 +219,8 @@ def main(args):
 
     for step in run.progress(first_step, last_step):
         metrics = common.Metrics(run)
-        kl = reference_point(model, common.micro_batches(train.mismatched, step, args, run), run)
+        mismatched = common.micro_batches(train.mismatched, step, args, run)
+        kl = reference_point(model, mismatched, metrics, run)
         for batch in common.micro_batches(train, step, args, run):  # this process's share of the step's rows
             policy = common.response_logps(model, batch)  # (B,), one response a row
             losses, rewards = kto_loss(policy, batch.ref_sums, batch.labels, kl, args)

@@ -507,6 +507,8 @@ def test_unpaired_rows_and_pairs_taken_apart_are_the_same(row, load):
     prompt = {"prompt": row["prompt"]} if "prompt" in row else {}
     labelled = [prompt | {"completion": row[side], "label": side == "chosen"} for side in PAIR]
     assert rows_of(apart) == rows_of(load(common.load_unpaired, labelled, tokenizer))
+    for column in ({"label": True}, {"completion": "other"}):  # one alone means nothing
+        assert rows_of(apart) == rows_of(load(common.load_unpaired, [row | column], tokenizer))
     paired = rows_of(load(common.load_pairs, [row], tokenizer))[0]
     for place, (side, label) in enumerate(zip(rows_of(apart), (True, False), strict=True)):
         assert side["label"] is label and side["prompt"] == paired["prompt"]

@@ -3,6 +3,7 @@ servers that fail, redirect, hang and get killed."""
 
 import base64
 import contextlib
+import email.utils
 import importlib.util
 import itertools
 import json
@@ -335,6 +336,18 @@ def test_responses_are_kept_and_reused(world, models, tmp_path, monkeypatch):
     assert not batches  # the same weights under another name and path
 
 
+def test_other_end_tokens_are_another_model(world, models, tmp_path):
+    """A corrected generation config must not find the endless responses of the old one."""
+    model = AutoModelForCausalLM.from_pretrained(models / "m0")
+    model.save_pretrained(tmp_path / "ends")
+    AutoTokenizer.from_pretrained(models / "m0").save_pretrained(tmp_path / "ends")
+    model.generation_config.eos_token_id = list(range(2, 100))
+    model.generation_config.save_pretrained(tmp_path / "ends")
+    names = [f"one={models}/m0", f"ends={tmp_path}/ends"]
+    report = evaluate(world, models, tmp_path / "out", models=names)
+    assert report["models"]["ends"]["tokens"] < 0.7 * report["models"]["one"]["tokens"]
+
+
 def test_alpaca_eval_reads_the_responses(generated):
     for name in ("one", "two"):
         rows = json.loads((generated / f"model_outputs/{name}.json").read_text())
@@ -357,18 +370,19 @@ def test_prompts_are_chosen_by_seed_and_too_long_ones_left_out(world, models, tm
     assert f"{sum(length > room for length in lengths)} of over 20 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["string", "messages", "plain pair"])
+@pytest.mark.parametrize("kind", ["string", "messages", "plain pair", "plain row"])
 def test_kinds_of_prompts(models, tmp_path, kind):
     tokenizer = AutoTokenizer.from_pretrained(f"{models}/m0")
     rows = {
         "string": {"prompt": "the fox"},
         "messages": {"prompt": [tiny.turn("user", "the fox")]},
         "plain pair": {"prompt": "the fox", "chosen": "a", "rejected": "b"},
+        "plain row": {"prompt": "the fox", "completion": "a", "label": True},
     }
     prompt = eval_judge.prompt_of(rows[kind])
     text = tokenizer.decode(eval_judge.prompt_ids(prompt, tokenizer))
     chat = "<|im_start|>user\nthe fox<|im_end|>\n<|im_start|>assistant\n"
-    assert text == ("the fox" if kind == "plain pair" else chat)
+    assert text == ("the fox" if kind.startswith("plain") else chat)
     assert eval_judge.text_of(prompt) == "the fox"
 
 
@@ -448,7 +462,12 @@ def test_identical_responses_tie_without_a_call(world, models, generated, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "text, message", [("judge = lambda p, a, b: 1", "returned 1"), ("x = 1", "no function judge")]
+    "text, message",
+    [
+        ("judge = lambda p, a, b: 1", "returned 1"),
+        ("x = 1", "no function judge"),
+        ("def judge(p, a, b):\n    raise ValueError('not my kind of prompt')", "not my kind of prompt"),
+    ],
 )
 def test_bad_rules_are_one_line(world, models, generated, tmp_path, capsys, text, message):
     (tmp_path / "bad.py").write_text(text)
@@ -714,6 +733,46 @@ def test_what_no_try_can_mend_stops_at_once(world, models, generated, tmp_path, 
     assert end.value.code == 2 and f"HTTP {status}" in capsys.readouterr().err and len(server.seen) < 10
 
 
+def test_an_endpoint_that_never_answers_stops_the_run(
+    world, models, generated, tmp_path, serve, quick, capsys
+):
+    server = serve(lambda *_: (500, {}, "no"))
+    with pytest.raises(SystemExit) as end:
+        evaluate(world, models, tmp_path / "out", generated, **endpoint(server, concurrency=2))
+    assert end.value.code == 2 and "gives no answer: HTTP 500, at try 10" in capsys.readouterr().err
+    assert len(server.seen) <= 2 * 2 * eval_judge.TRIES  # 60 verdicts are wanted
+
+
+def test_one_text_that_is_forbidden_does_not_stop_the_others(
+    world, models, generated, tmp_path, serve, quick
+):
+    def reply(message, body, headers):
+        second = [message for message, *_ in server.seen][1:2]
+        return (403, {}, "flagged") if message in second else completion(by_rule(message))
+
+    server = serve(reply)
+    args = endpoint(server, concurrency=1)
+    report = evaluate(world, models, tmp_path / "out", generated, **args)
+    assert report["judge"]["missing"] == 1 and report["judge"]["failed_tries"] == {"HTTP 403": 1}
+
+
+def test_an_answer_too_deep_to_read_is_a_failed_try(world, models, generated, tmp_path, serve, quick):
+    def reply(message, body, headers):
+        return completion("[[A]]") if server.messages()[message] > 1 else (200, {}, "[" * 200_000)
+
+    server = serve(reply)
+    report = evaluate(world, models, tmp_path / "out", generated, **endpoint(server, num_prompts=2))
+    assert report["judge"]["failed_tries"] == {"RecursionError": 4} and report["judge"]["missing"] == 0
+
+
+def test_the_time_that_a_server_names():
+    in_half_a_minute = email.utils.formatdate(time.time() + 30, usegmt=True)
+    assert 28 < eval_judge.retry_after({"Retry-After": in_half_a_minute}) <= 30
+    for said, seconds in {"7": 7, "2.5": 2.5, "9999": 600, "-1": 0, "soon": 0, "": 0}.items():
+        assert eval_judge.retry_after({"Retry-After": said}) == seconds
+    assert eval_judge.retry_after({}) == 0
+
+
 def test_a_redirect_is_not_followed(world, models, generated, tmp_path, serve, monkeypatch, capsys):
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     other = serve(lambda *_: completion("[[A]]"))
@@ -736,12 +795,20 @@ def test_the_key_goes_to_its_host_alone_and_is_written_nowhere(
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which would see the key
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    server = serve(
-        lambda message, body, headers: completion(f"{headers['Authorization']}\n{by_rule(message)}")
-    )
+
+    def echo(message, body, headers):
+        key = headers["Authorization"]
+        status, others, text = completion(f"{key}\n{by_rule(message)}")
+        return status, others, text.replace("prompt_tokens", key.replace("s", "\\u0073"))
+
+    server = serve(echo)
     evaluate(world, models, tmp_path / "out", generated, **endpoint(server, num_prompts=5))
+    assert "Bearer [key]" in journal(tmp_path / "out")[0]["usage"]
     assert all(headers["Authorization"] == f"Bearer {KEY}" for _, _, headers in server.seen) and server.seen
     assert "[key]" in journal(tmp_path / "out")[0]["answer"]
+    server.reply = lambda message, body, headers: completion("", headers["Authorization"])
+    with pytest.raises(SystemExit):
+        evaluate(world, models, tmp_path / "out", **endpoint(server, num_prompts=7))
     server.reply = lambda message, body, headers: (400, {}, f"bad {headers['Authorization']}")
     with pytest.raises(SystemExit):
         evaluate(world, models, tmp_path / "out", **endpoint(server, num_prompts=9))
@@ -782,6 +849,10 @@ def test_a_missing_key_or_consent_is_said_before_any_work(world, models, tmp_pat
     assert judge.url == "https://api.openai.com/v1/chat/completions" and judge.key == KEY
 
 
+def ctrl_d(question):
+    raise EOFError
+
+
 def test_the_calls_are_announced_and_may_be_declined(
     world, models, generated, tmp_path, serve, monkeypatch, capsys
 ):
@@ -797,6 +868,10 @@ def test_the_calls_are_announced_and_may_be_declined(
         printed,
     ).groups()
     assert (calls, written, server.seen) == ("20", "160", [])
+    monkeypatch.setattr("builtins.input", ctrl_d)
+    with pytest.raises(SystemExit) as end:
+        evaluate(world, models, tmp_path / "out", **args)
+    assert end.value.code == 2 and not server.seen
     assert float(cost) == pytest.approx(int(read.replace(",", "")) / 1000 + 160, abs=0.01)
     monkeypatch.setattr("builtins.input", lambda question: "y")
     evaluate(world, models, tmp_path / "out", generated, **args)
@@ -920,6 +995,15 @@ def test_a_local_model_judges(world, models, generated, first_judge, tmp_path):
     cell = report["matrix"]["one"]["two"]
     assert (cell["win_rate"], cell["n"], report["judge"]["flips_percent"]) == (50, 10, 100)
     assert {line["answer"] for line in journal(tmp_path / "out")} == {"[[A]]"}
+
+
+def test_a_local_judge_without_a_chat_template_is_refused_at_once(world, models, tmp_path, capsys):
+    shutil.copytree(models / "m0", tmp_path / "plain")
+    (tmp_path / "plain/chat_template.jinja").unlink()
+    with pytest.raises(SystemExit) as end:
+        evaluate(world, models, tmp_path / "out", judge=f"{tmp_path}/plain")
+    assert end.value.code == 2 and "no chat template" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_special_tokens_in_a_text_are_text_to_a_local_judge(first_judge, monkeypatch):

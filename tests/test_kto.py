@@ -4,6 +4,7 @@ class. That none of it depends on the number of processes is in test_processes.p
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,7 +172,9 @@ def test_z0_is_the_mean_log_ratio_of_the_steps_mismatched_pairs(world, tmp_path)
         train.mismatched.ref[rows, 0] = ours - sign * logratios
         batches = list(common.micro_batches(train.mismatched, 3, args, run))
         assert len(batches) > 1
-        found = kto.reference_point(policy, batches, run)
+        counted = SimpleNamespace(tokens=5)
+        found = kto.reference_point(policy, batches, counted, run)
+        assert counted.tokens == 5 + sum(len(batch.ids) for batch in batches)
         assert found.shape == () and not found.requires_grad
         assert found.item() == pytest.approx(max(0, sign * logratios.mean().item()), abs=1e-4)
 

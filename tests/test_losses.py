@@ -120,10 +120,10 @@ def z0(policy_logps, ref_logps):
         return batch.policy, None
 
     splits = zip(policy_logps.split(3), ref_logps.split(3), strict=True)
-    batches = [SimpleNamespace(policy=policy, ref_sums=ref) for policy, ref in splits]
+    batches = [SimpleNamespace(policy=policy, ref_sums=ref, ids=policy) for policy, ref in splits]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "all_reduce", lambda total: None)  # one process
-        return kto.reference_point(model, batches, SimpleNamespace(device="cpu"))
+        return kto.reference_point(model, batches, SimpleNamespace(tokens=0), SimpleNamespace(device="cpu"))
 
 
 def sft_results(case, dtype):

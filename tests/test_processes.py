@@ -81,6 +81,7 @@ STARTS = {
     "dpo": math.log(2),
     "ipo": 1 / (4 * 0.05**2),
     "spo": 0.0,
+    "spo-one-term": 0.0,
     "stapo": math.log(1 + math.exp(0.1 * 15)) + math.log(1 + math.exp(-0.1 * 20)),
     "alphapo": math.log(1 + math.exp(2.5 * 0.1)),
     "kto": 0.5,

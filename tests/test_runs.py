@@ -339,6 +339,7 @@ def test_errors_of_use_are_one_line(world, tmp_path, capsys, monkeypatch):
 
     assert "--betaa" in error(betaa=1)
     assert "--beta" in error(beta=0) and "--label_smoothing" in error(label_smoothing=0.5)
+    assert "--beta" in error(ipo, beta=0) and "--beta" in error(spo, beta=0)
     assert "--alpha" in error(spo, alpha=-1) and "--batch_size" in error(batch_size=0)
     assert "--beta" in error(stapo, beta=0) and "--margin_right" in error(stapo, margin_right=0.5)
     assert "--contrast" in error(stapo, contrast="ipo")
@@ -355,6 +356,13 @@ def test_errors_of_use_are_one_line(world, tmp_path, capsys, monkeypatch):
     assert "train_prefs.jsonl" in message and "row 0" in message and "5" in message
     assert "tensorboardX" in error(report_to="tensorboardX")
     assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_spo_warns_of_a_target_that_lowers_chosen(capsys):
+    """With alpha 0.05 and beta 0.1 its target of r_w is 1/0.1 - 1/0.05 = -10 nats."""
+    for alpha, warns in {0.05: True, 0.1: False, 0.2: False, 0.0: False}.items():
+        spo.Args(beta=0.1, alpha=alpha)
+        assert ("WARNING: with alpha below beta" in capsys.readouterr().out) == warns
 
 
 def test_pickled_weights_are_refused(world, tmp_path, capsys, monkeypatch):

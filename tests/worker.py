@@ -36,6 +36,7 @@ CASES = {
     "kto": (kto, SHORT | dict(max_steps=20, eval_every=10)),
     "kto-odd": (kto, SHORT | dict(max_steps=6, batch_size=5)),
     "spo": (spo, SHORT),
+    "spo-one-term": (spo, SHORT | dict(alpha=0.0)),
     "stapo": (stapo, SHORT | dict(contrast="dpo", beta=0.1, margin_left=15, margin_right=20)),
     "stapo-simpo": (stapo, SHORT),
     "alphapo": (alphapo, SHORT | dict(use_reference=True)),
