@@ -1,11 +1,15 @@
 """Keeps the tests' caches away from the user's."""
 
 import os
+import signal
 import tempfile
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is exact on a CPU is what these tests check
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: more threads only wait for one another
+
+# A shell lets its background jobs ignore Ctrl-C, and they pass that on to the runs that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import tiny
