@@ -8,11 +8,11 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is exact on a CPU is what these tests check
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: more threads only wait for one another
 
-# A shell lets its background jobs ignore Ctrl-C, and they pass that on to the runs that they start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import pytest
 import tiny
+
+# A shell lets its background jobs ignore Ctrl-C, and they pass that on to the runs that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
