@@ -965,17 +965,19 @@ def draw_curves(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     known = set().union(*lines)
     panels = {title: names for title, names in PANELS.items() if {names[0], f"eval/{names[0]}"} & known}
-    rows = math.ceil(len(panels) / 3)
-    figure = figures.Figure(figsize=(12, 3 * rows), layout="constrained")
+    rows = math.ceil(len(panels) / 4)
+    figure = figures.Figure(figsize=(15, 3.2 * rows), layout="constrained")
+    figure.suptitle("grey: training, black: held-out rows")
     for place, (title, names) in enumerate(panels.items(), 1):
-        axis = figure.add_subplot(rows, 3, place, title=title, xlabel="step")
+        axis = figure.add_subplot(rows, 4, place, title=title, xlabel="step")
         for name, dashes in zip(names, ("-", "--"), strict=False):
             for prefix, look in ("", dict(color="0.6", lw=1)), ("eval/", dict(color="0", marker="o", ms=3)):
                 points = [(line["step"], line[prefix + name]) for line in lines if prefix + name in line]
                 if points:
                     axis.plot(*zip(*points, strict=True), dashes, label=prefix + name, **look)
-        axis.legend(fontsize="small")
-    figure.savefig(folder / "curves.png", dpi=120)
+        trained = [line for line in axis.get_lines() if line.get_label() in names]
+        axis.legend(handles=trained or axis.get_lines(), fontsize="small")
+    figure.savefig(folder / "curves.png", dpi=110)
 
 
 def check_reference(metrics, run):
