@@ -11,8 +11,17 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: more threads only wait for
 import pytest
 import tiny
 
+import common
+
 # A shell lets its background jobs ignore Ctrl-C, and they pass that on to the runs that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """They take a second a run; test_newcomers.py, and the runs of processes of their own, draw them."""
+    if request.module.__name__ != "test_newcomers":
+        monkeypatch.setattr(common, "draw_curves", lambda folder: None)
 
 
 @pytest.fixture(scope="session")

@@ -997,6 +997,17 @@ def test_a_local_model_judges(world, models, generated, first_judge, tmp_path):
     assert {line["answer"] for line in journal(tmp_path / "out")} == {"[[A]]"}
 
 
+def test_a_local_model_judges_on_two_processes(world, models, generated, first_judge, tmp_path):
+    """Each process takes half of the verdicts, and rank 0 reads all of them."""
+    shutil.copytree(generated, tmp_path / "out")
+    args = settings(world, models, tmp_path / "out", judge=first_judge, judge_max_tokens=8, num_prompts=9)
+    done = run(args, processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shares = [len(open(tmp_path / f"out/verdicts.{rank}.jsonl").readlines()) for rank in (0, 1)]
+    cell = json.loads((tmp_path / "out/report.json").read_text())["matrix"]["one"]["two"]
+    assert shares == [9, 9] and (cell["win_rate"], cell["n"], cell["missing"]) == (50, 9, 0)
+
+
 def test_a_local_judge_without_a_chat_template_is_refused_at_once(world, models, tmp_path, capsys):
     shutil.copytree(models / "m0", tmp_path / "plain")
     (tmp_path / "plain/chat_template.jinja").unlink()

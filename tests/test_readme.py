@@ -30,7 +30,7 @@ def args_of(name):
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if ".py" in command])
 def test_commands_are_understood(command, monkeypatch):
-    words = shlex.split(command)
+    words = shlex.split(command.removeprefix("OMP_NUM_THREADS=1 "))
     assert words[0] in ("python", "torchrun", "diff")
     files = [word for word in words if word.endswith(".py")]
     assert all((ROOT / file).is_file() for file in files if file != "mine.py")

@@ -171,10 +171,10 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(world, uninterrup
 
 
 SCRIPTS = [dpo, ipo, kto, spo, stapo, alphapo, sft]
+USES = [(0, script) for script in SCRIPTS] + [(2, script) for script in (dpo, kto, sft)]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda module: module.__name__)
-@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("processes, script", USES, ids=lambda use: getattr(use, "__name__", use))
 def test_every_script_runs_as_a_user_runs_it(world, tmp_path, script, processes):
     options = settings(world, tmp_path / "out", max_steps=4, eval_every=2, save_every=2, export_every=2)
     done = run(f"{script.__name__}.py", options, processes)

@@ -4,7 +4,6 @@ import importlib
 import itertools
 import json
 import math
-import os
 import random
 import re
 import subprocess
@@ -223,22 +222,25 @@ def test_the_recipe_has_a_section_for_every_script(script, monkeypatch):
     assert args.output_dir == f"runs/toy/{script}" and args.dataset == "toy/data"
 
 
-def from_readme(script, out):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    how = dict(cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    options = ["--config", "recipes/toy.yaml", f"--output_dir={out}"]
-    done = subprocess.run([sys.executable, script, *options], **how)
-    assert done.returncode == 0, done.stderr
+def run(script, *options):
+    """A script of the project in a process of its own; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, script, *map(str, options)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-def test_spo_improves_the_model(tmp_path):
-    """The first command of the README, on one thread."""
-    from_readme("spo.py", tmp_path / "spo")
-    done = subprocess.run(
-        [sys.executable, "toy/score.py", "toy/sft", tmp_path / "spo", "--json", tmp_path / "scores.json"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The model of the README's first command."""
+    out = tmp_path_factory.mktemp("toy") / "spo"
+    run("spo.py", "--config", "recipes/toy.yaml", "--output_dir", out)
+    return out
+
+
+def test_spo_improves_the_model(trained, tmp_path):
+    printed = run("toy/score.py", "toy/sft", trained, "--json", tmp_path / "scores.json")
     before, after = json.loads((tmp_path / "scores.json").read_text())
     assert 0.4 < before["good"] < 0.6
     assert after["gain"] > max(0.15, 3 * after["gain_se"])
@@ -246,4 +248,13 @@ def test_spo_improves_the_model(tmp_path):
     # no gain by copies, by one word more often, or by length
     assert after["distinct"] > 0.9 and after["endless"] < 0.01
     assert 0.8 < after["length"] / before["length"] < 1.2 and after["entropy"] > 0.7 * before["entropy"]
-    assert len(re.findall(r"^.*spo +\d of 4  ", done.stdout, re.M)) == 4  # sample answers
+    assert len(re.findall(r"^.*spo +\d of 4  ", printed, re.M)) == 4  # sample answers
+
+
+def test_eval_judge_sees_the_improvement(trained, tmp_path):
+    names = "--models", "sft=toy/sft", f"spo={trained}"
+    printed = run("eval_judge.py", "--config", "recipes/toy.yaml", "--output_dir", tmp_path, *names)
+    cell = json.loads((tmp_path / "report.json").read_text())["matrix"]["spo"]["sft"]
+    assert cell["n"] == 200 and cell["low"] > 55 and cell["significant"]
+    assert cell["length_controlled"] > 55
+    assert f"| spo | {cell['win_rate']:.1f} ± {cell['standard_error']:.1f} [" in printed
