@@ -173,6 +173,15 @@ def test_the_curves_of_chats_have_no_empty_panels(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+def test_a_tracker_that_is_not_installed_is_said_before_any_work(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        sft.main(sft.Args(**settings(world, tmp_path / "run", report_to="wandb")))
+    assert end.value.code == 2 and not (tmp_path / "run").exists()
+    assert "error: --report_to wandb needs that package: pip install wandb" in capsys.readouterr().err
+    torch.distributed.destroy_process_group()
+
+
 def test_a_run_needs_no_matplotlib(world, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "matplotlib" and find_spec(name))
