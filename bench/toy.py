@@ -95,7 +95,7 @@ def main(args):
             start, *trained = scores(["toy/sft", *folders.values()], seed, args.folder)
             results["start"].append(start | {"log_ratios": [None, None]})
             for (name, folder), figures in zip(folders.items(), trained, strict=True):
-                more = dict(log_ratios=last_log_ratios(folder), seconds=seconds.get(name))
+                more = dict(model=folder.name, log_ratios=last_log_ratios(folder), seconds=seconds.get(name))
                 results[name].append(figures | more)
     print(table(results))
     machine = dict(cores=os.cpu_count(), processor=platform.machine(), torch=torch.__version__)
