@@ -151,7 +151,8 @@ def explain(args, kind, error, traceback):
     """`sys.excepthook` of a run: says what the user can do where the error is not the program's own."""
     if issubclass(kind, KeyboardInterrupt):
         saved = any(Path(args.output_dir).glob("checkpoints/step-*/state.json"))
-        print0(f"interrupted; {'--resume goes on from the last' if saved else 'there was no'} checkpoint")
+        place = "goes on from the last checkpoint" if saved else "begins again: there was no checkpoint"
+        print0(f"interrupted; the same command with --resume {place}")
     elif issubclass(kind, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         now = f"{args.tokens_per_micro_batch} now, and never less than a row: --max_length {args.max_length}"
         advice = f"lower --tokens_per_micro_batch ({now}), give --gradient_checkpointing, or take more GPUs"
@@ -252,7 +253,8 @@ def print0(message):
 def model_folder(name, weights=False):
     """A model's folder: `name` itself, or the hub's files of that name, without pickles and without code."""
     if Path(name).is_dir():
-        return Path(name)
+        there = (Path(name) / "config.json").is_file()
+        return Path(name) if there else fail(f"--model {name}: no config.json, so this is not a whole model")
     patterns = ["*.json", "*.jinja", "*.txt", "*.model"] + ["*.safetensors"] * weights
     copies = ["*/*", "consolidated*"]  # the weights again, in other formats
     with failing(f"--model {name}: no such folder, and not to be had from the Hugging Face hub ({OFFLINE})"):
@@ -318,12 +320,17 @@ def read_split(args, name, encode, layouts, tokenizer):
 
 def read_rows(dataset, name, layouts):
     """(rows, where they are from): the file `<dataset>/<name>.<ending>`, the file `dataset`, or the hub's."""
-    files = [Path(dataset) / f"{name}{ending}" for ending in READERS]
-    path = next(filter(Path.is_file, files), files[0]) if Path(dataset).is_dir() else Path(dataset)
+    path, endings = Path(dataset), ", ".join(READERS)
+    if path.is_dir():
+        splits = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in READERS}
+        if name not in splits:
+            fail(f"--dataset {path}: no split {name} among {', '.join(splits) or 'its files'} ({endings})")
+        path = splits[name]
     if path.is_file() != (path.suffix in READERS):
-        fail(f"--dataset: there is no file {path} ({', '.join(READERS)} are read)")
+        fail(f"--dataset: there is no file {path} ({endings} are read)")
     source = path if path.is_file() else f"{dataset} {name}"
-    with failing(f"--dataset {source} cannot be read" + f" ({OFFLINE})" * (not path.is_file())):
+    nowhere = f": no such folder, and not to be had from the Hugging Face hub ({OFFLINE})"
+    with failing(f"--dataset {source}" + (" cannot be read" if path.is_file() else nowhere)):
         if path.is_file():
             how = dict(data_files=glob.escape(str(path)), split="train")
             if path.suffix == ".csv":  # text stays text, also where it looks like a number or says "None"
@@ -901,7 +908,8 @@ def print_summary(model, train, last_step, args, run):
     left, mean = len(train) % args.batch_size, train.tokens.mean()
     print0(f"{last_step} steps of {args.batch_size} rows of {mean:.0f} tokens; epochs leave out {left} rows")
     print0(f"{size:,} parameters in float32, computing in {dtype} on {run.world_size} x {run.device.type}")
-    print0(f"memory of each: {states / 1e9:.2f} GB of states, about {work / 1e9:.2f} GB for {tokens} tokens")
+    states, work = f"{states / 1e9:.2f} GB", f"{work / 1e9:.2f} GB"
+    print0(f"memory per process: {states} of weights, gradients and AdamW, about {work} for {tokens} tokens")
 
 
 class Metrics:
@@ -986,8 +994,8 @@ def check_reference(metrics, run):
     drift = max(((logps - ref) / lengths).abs().max() for _, _, logps, _, ref, lengths in metrics.seen)
     dist.all_reduce(drift, dist.ReduceOp.MAX)
     limit = 1e-2 if run.compute_dtype == torch.bfloat16 else 1e-5
-    warning = f" WARNING: above {limit}, so these do not compute the same" if drift > limit else ""
-    print0(f"policy against reference at step 0: log-ratios up to {drift:.1e} nats a token{warning}")
+    verdict = f"WARNING: above {limit}: these do not compute the same" if drift > limit else "as they should"
+    print0(f"policy against reference at step 0: log-ratios of at most {drift:.1e} nats a token, {verdict}")
 
 
 def stop_unless_finite(grad_norm, metrics, step):
@@ -1077,6 +1085,8 @@ def resume(model, optimizer, train, args, run):
     if finished:
         print0(f"nothing is left to do: the run in {run.output_dir} ended with step {logged} of {last_step}")
         raise SystemExit(0)
+    if state["step"] > last_step:
+        fail(f"--resume: {found} is past the last step, {last_step}: --max_steps {state['step']} or more")
     for parameter in model.parameters():  # AdamW's state as it is before the first step
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = moments | {"step": torch.tensor(float(state["step"]), device=run.device)}

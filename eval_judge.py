@@ -116,6 +116,7 @@ def main(args):
         report = make_report(judge, cells, verdicts, responses, args)
         write_files(report, prompts, responses, args)
         print(markdown(report))
+        print(f"report and responses side by side: {Path(args.output_dir) / 'report.html'}")
 
 
 def wait():

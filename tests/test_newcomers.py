@@ -38,7 +38,7 @@ def test_several_processes_end_together_where_nothing_is_left(world, tmp_path):
     assert done.returncode == 0 and done.stdout.count("nothing is left to do") == 1
 
 
-def test_a_run_without_its_model_is_not_taken_for_ended(world, tmp_path, monkeypatch):
+def test_a_run_without_its_model_is_not_taken_for_ended(world, tmp_path, monkeypatch, capsys):
     """Stopped behind its last checkpoint, before the export, though a shorter run had left a model there."""
     args = settings(world, tmp_path / "run", max_steps=2)
     dpo.main(dpo.Args(**args))
@@ -48,6 +48,10 @@ def test_a_run_without_its_model_is_not_taken_for_ended(world, tmp_path, monkeyp
         dpo.main(dpo.Args(**args | {"resume": True, "max_steps": 4}))
     torch.distributed.destroy_process_group()
     assert not (tmp_path / "run/config.json").exists()
+    with pytest.raises(SystemExit) as end:  # would export a model from the middle of its schedule as if whole
+        dpo.main(dpo.Args(**args | {"resume": True, "max_steps": 3}))
+    torch.distributed.destroy_process_group()
+    assert end.value.code == 2 and "is past the last step, 3: --max_steps 4" in capsys.readouterr().err
     dpo.main(dpo.Args(**args | {"resume": True, "max_steps": 4}))
     after = load_file(tmp_path / "run/model.safetensors")
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -63,7 +67,8 @@ def test_ctrl_c_says_how_to_go_on(world, tmp_path):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT  # a shell shows 130
-    assert "interrupted; --resume goes on from the last checkpoint" in out and "Traceback" not in err
+    assert "interrupted; the same command with --resume goes on from the last checkpoint" in out
+    assert "Traceback" not in err
 
 
 def patched_run(tmp_path, patch, options):

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_scripts_match import TOP_LEVEL
 
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "common"]
+SCRIPTS = sorted(TOP_LEVEL - {"common"})
 METHODS = [name for name in SCRIPTS if name not in ("sft", "eval_judge")]
 COMMANDS = [
     part.strip()

@@ -348,7 +348,10 @@ def test_errors_of_use_are_one_line(world, tmp_path, capsys, monkeypatch):
     assert "/proc/nowhere" in refused(dpo, settings(world, "/proc/nowhere/run"), capsys, monkeypatch)
     assert "nowhere" in error(model=tmp_path / "nowhere")
     assert "nowhere.jsonl" in error(dataset=tmp_path / "nowhere.jsonl")
-    assert "train_missing" in error(train_split="train_missing")
+    message = error(train_split="train_missing")
+    assert "no split train_missing among test_prefs, test_sft, train_prefs, train_sft" in message
+    assert "no config.json" in error(model=f"{world}/data")
+    assert "no such folder, and not to be had" in error(dataset="data/nowhere")
     assert "chosen and rejected" in error(**folder_with("columns", [{"prompt": "a", "completion": "b"}]))
     row = {"chosen": [tiny.turn("user", "a"), tiny.turn("assistant", "b")]}
     row["rejected"] = [tiny.turn("user", "a"), tiny.turn("assistant", 5)]

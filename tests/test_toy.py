@@ -14,12 +14,13 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from test_scripts_match import TOP_LEVEL
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "common"]
+SCRIPTS = sorted(TOP_LEVEL - {"common"})
 TOY = ROOT / "toy"
 sys.path.insert(0, str(TOY))
 import judge  # noqa: E402

@@ -87,6 +87,9 @@ def standard_error(values):
 
 
 def main(args):
+    for folder in args.models:
+        if not (folder / "config.json").is_file():
+            raise SystemExit(f"error: there is no model in {folder}: has its run ended?")
     requests = held_out_requests(args.requests)
     results, all_shares, examples = [], [], []
     for folder in args.models:
