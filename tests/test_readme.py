@@ -39,8 +39,8 @@ def test_commands_are_understood(command, monkeypatch):
     if words[0] == "diff" or script not in [*SCRIPTS, "mine"]:
         return
     left_out = ["--help"]  # would print and exit
-    if "runs/spo/config.yaml" in words:  # is written by a run
-        left_out += ["--config", "runs/spo/config.yaml"]
+    if "runs/toy/spo/config.yaml" in words:  # is written by a run
+        left_out += ["--config", "runs/toy/spo/config.yaml"]
     arguments = [word for word in words[words.index(files[0]) + 1 :] if word not in left_out]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [files[0], *arguments])
