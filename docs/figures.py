@@ -153,6 +153,7 @@ def paths():
             third = f"   third answer: {1 - np.exp(places[-1]).sum() / 3:.2f}"
             axis.plot(*places[-1], "o", color=style["color"], ms=8)
             axis.annotate(third, places[-1], va="top")
+    axis.plot(0, 0, "o", color="white", mec="black", ms=8, zorder=3)  # the start
     axis.axvline(0, color="black", lw=0.7)
     axis.set(xlim=(-6, 1.5), ylim=(-7.5, 0.5), aspect="equal")
     axis.set(xlabel="log-ratio of the chosen answer, nats", ylabel="log-ratio of the rejected answer, nats")
