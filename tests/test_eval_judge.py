@@ -479,6 +479,8 @@ def test_bad_rules_are_one_line(world, models, generated, tmp_path, capsys, text
 def test_errors_of_use(world, models, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "pickled").mkdir()
+    shutil.copy(models / "m0/config.json", tmp_path / "pickled")
     cases = {
         "which models": dict(models=[]),
         "name=MODEL": dict(models=["runs/sft"]),
@@ -487,7 +489,8 @@ def test_errors_of_use(world, models, tmp_path, capsys, monkeypatch):
         "--max_length must be 17": dict(max_length=16),
         "--temperature must be 0": dict(temperature=-1.0),
         "no such folder": dict(models=["a=nowhere/nothing/x", f"b={models}/m0"]),
-        "no safetensors": dict(models=[f"a={tmp_path}/empty", f"b={models}/m0"]),
+        "no config.json": dict(models=[f"a={tmp_path}/empty", f"b={models}/m0"]),
+        "no safetensors": dict(models=[f"a={tmp_path}/pickled", f"b={models}/m0"]),
         "there is no file": dict(eval_split="test_other"),
         "are too few": dict(max_length=18),
         "it takes 512 tokens and 9000": dict(max_length=9000),
