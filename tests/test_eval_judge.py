@@ -491,7 +491,7 @@ def test_errors_of_use(world, models, tmp_path, capsys, monkeypatch):
         "no such folder": dict(models=["a=nowhere/nothing/x", f"b={models}/m0"]),
         "no config.json": dict(models=[f"a={tmp_path}/empty", f"b={models}/m0"]),
         "no safetensors": dict(models=[f"a={tmp_path}/pickled", f"b={models}/m0"]),
-        "there is no file": dict(eval_split="test_other"),
+        "no split test_other": dict(eval_split="test_other"),
         "are too few": dict(max_length=18),
         "it takes 512 tokens and 9000": dict(max_length=9000),
     }
