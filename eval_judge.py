@@ -293,13 +293,28 @@ def respond(name, model, prompts, args):
 
 
 def export(prompts, responses, args):
-    """The responses as AlpacaEval's model_outputs."""
+    """The responses as AlpacaEval's model_outputs, and as a bench of Arena-Hard, a folder of its data/."""
+    outputs, arena = Path(args.output_dir) / "model_outputs", Path(args.output_dir) / "arena_hard"
+    for folder in (outputs, arena / "model_answer"):
+        folder.mkdir(parents=True, exist_ok=True)
+    questions = [dict(uid=digest(x), category="hard_prompt", prompt=text_of(x)) for x in prompts]
+    write_lines(arena / "question.jsonl", questions)
     for name, lines in responses.items():
-        pairs = zip(map(text_of, prompts), lines, strict=True)
-        rows = [dict(instruction=text, output=line["response"], generator=name) for text, line in pairs]
-        path = Path(args.output_dir) / "model_outputs" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(rows, indent=1))
+        rows, answers = [], []
+        for question, line in zip(questions, lines, strict=True):
+            text = question["prompt"]
+            rows.append(dict(instruction=text, output=line["response"], generator=name))
+            turns = [dict(role="user", content=text)]
+            turns.append(dict(role="assistant", content={"answer": line["response"]}))
+            metadata = {"token_len": line["tokens"]}
+            answers.append(dict(uid=question["uid"], model=name, messages=turns, metadata=metadata))
+        (outputs / f"{name}.json").write_text(json.dumps(rows, indent=1))
+        write_lines(arena / "model_answer" / f"{name}.jsonl", answers)
+
+
+def write_lines(path, rows):
+    """A JSON lines file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def describe(lines):

@@ -241,7 +241,7 @@ def evaluate(world, models, out, generated=None, /, **others):
 
 
 def journal(out, kind="verdicts"):
-    return [json.loads(line) for path in sorted(Path(out).glob(f"{kind}.*.jsonl")) for line in open(path)]
+    return [json.loads(line) for path in sorted(Path(out).glob(f"{kind}.*jsonl")) for line in open(path)]
 
 
 def test_sampling_follows_the_probabilities():
@@ -353,6 +353,21 @@ def test_alpaca_eval_reads_the_responses(generated):
         rows = json.loads((generated / f"model_outputs/{name}.json").read_text())
         assert len(rows) == 30 and all(row.keys() == {"instruction", "output", "generator"} for row in rows)
         assert {row["generator"] for row in rows} == {name} and all(row["instruction"] for row in rows)
+
+
+def test_arena_hard_reads_the_responses(generated):
+    """What its gen_judgment.py takes from data/<bench>: questions, and answers to them by uid."""
+    questions = journal(generated / "arena_hard", "question")
+    assert len({question["uid"] for question in questions}) == 30
+    kept = {line["response"]: line["tokens"] for line in journal(generated, "responses")}
+    for name in ("one", "two"):
+        answers = {line["uid"]: line for line in journal(generated / "arena_hard/model_answer", name)}
+        outputs = json.loads((generated / f"model_outputs/{name}.json").read_text())
+        for question, output in zip(questions, outputs, strict=True):
+            answer = answers[question["uid"]]
+            assert question["prompt"] == output["instruction"] == answer["messages"][0]["content"]
+            assert answer["messages"][-1]["content"]["answer"] == output["output"] and answer["model"] == name
+            assert answer["metadata"]["token_len"] == kept[output["output"]]
 
 
 def test_prompts_are_chosen_by_seed_and_too_long_ones_left_out(world, models, tmp_path, capsys):

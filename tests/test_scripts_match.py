@@ -56,7 +56,7 @@ ALSO_FREE = {
 STRICT = [name for name in OTHERS if name not in ALSO_FREE]
 
 LOSS = {"sft": "sft_loss", "kto": "kto_loss"}
-MOST_LINES = {"common": 870, "eval_judge": 515, "kto": 240, "sft": 200}
+MOST_LINES = {"common": 870, "eval_judge": 530, "kto": 240, "sft": 200}
 
 
 def top_level(tree, kind, name):
