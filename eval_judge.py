@@ -500,7 +500,7 @@ class EndpointJudge:
                     said = choice["message"]["content"] or "", choice["finish_reason"], reply.get("usage")
                     answer, ended, usage = json.loads(self.without_key(json.dumps(said)))
                     line = read_verdict(answer, ended) | {"usage": usage}
-                    if choice["finish_reason"] == "length" and budget == self.args.judge_max_tokens:
+                    if ended == "length" and budget == self.args.judge_max_tokens:
                         fault, budget, pause, line = "cut answer", 2 * budget, 0, None
             except Exception as error:  # a server may send anything, and each would be a failed try
                 fault, status = type(error).__name__, 0

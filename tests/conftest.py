@@ -10,11 +10,20 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: more threads only wait for
 
 import pytest
 import tiny
+import torch
 
 import common
 
 # A shell lets its background jobs ignore Ctrl-C, and they pass that on to the runs that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def one_world():
+    """A test that leaves its run early leaves its process group, too."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

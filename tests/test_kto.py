@@ -2,7 +2,6 @@
 class. That none of it depends on the number of processes is in test_processes.py."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from test_runs import metrics, refused
 from transformers import AutoModelForCausalLM
 
 import common
@@ -19,28 +19,10 @@ import kto
 REAL_ROWS = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpaired_kto_en.parquet"
 
 
-@pytest.fixture(autouse=True)
-def one_world():
-    """A test that leaves its run early leaves its process group, too."""
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def settings(world, out, **others):
     shared = dict(model=f"{world}/llama", dataset=f"{world}/data", output_dir=str(out), batch_size=32)
     shared |= dict(tokens_per_micro_batch=600, learning_rate=1e-3, eval_every=0, save_every=0)
     return kto.Args(**shared | others)
-
-
-def metrics(folder):
-    """The lines of metrics.jsonl, which JSON's own rules allow no NaN."""
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
-
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def loaded(args):
@@ -48,17 +30,6 @@ def loaded(args):
     splits = common.load_unpaired(args, common.load_tokenizer(args.model))
     kto.add_mismatched(*splits, args)
     return splits
-
-
-def refused(argv, capsys, monkeypatch):
-    """The one line that kto.py says when it refuses to run."""
-    monkeypatch.setattr(sys, "argv", ["kto.py", *argv])
-    with pytest.raises(SystemExit) as end:
-        kto.main(common.parse_args(kto.Args))
-    assert end.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    return errors[0]
 
 
 def walk(prompts, order):
@@ -308,20 +279,20 @@ def test_class_counts_and_the_balance_of_the_weights(world, tmp_path, capsys):
 
 
 def test_settings_and_data_without_sense_are_refused(world, tmp_path, capsys, monkeypatch):
-    def error(*argv):
-        return refused([*argv, f"--output_dir={tmp_path / 'out'}"], capsys, monkeypatch)
+    def error(**options):
+        return refused(kto, options | {"output_dir": tmp_path / "out"}, capsys, monkeypatch)
 
-    assert "--beta" in error("--beta=0") and "--beta" in error("--beta=-1")
-    assert "--desirable_weight" in error("--desirable_weight=0")
-    assert "--undesirable_weight" in error("--undesirable_weight=-1")
+    assert "--beta" in error(beta=0) and "--beta" in error(beta=-1)
+    assert "--desirable_weight" in error(desirable_weight=0)
+    assert "--undesirable_weight" in error(undesirable_weight=-1)
     rows = [{"prompt": "tea", "completion": word, "label": word == "fox"} for word in ("fox", "dog", "quick")]
     (tmp_path / "train_prefs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = [f"--model={world}/llama", f"--dataset={tmp_path}", "--batch_size=2"]
-    message = error(*data, "--eval_split=")
+    data = dict(model=f"{world}/llama", dataset=tmp_path, batch_size=2)
+    message = error(**data, eval_split="")
     assert "train_prefs: all rows have the same prompt" in message
     tiny.labelled(tmp_path / "train_prefs.jsonl", [True, False])
     (tmp_path / "test_prefs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert "test_prefs: all rows have the same prompt" in error(*data)
+    assert "test_prefs: all rows have the same prompt" in error(**data)
 
 
 @pytest.mark.skipif(not REAL_ROWS.is_file(), reason="the real rows are not part of the repository")

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_runs import ROOT, command, metrics, one_world, run, settings  # noqa: F401 (a fixture)
+from test_runs import ROOT, command, metrics, run, settings
 
 import common
 import dpo

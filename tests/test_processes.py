@@ -11,6 +11,7 @@ import pytest
 import torch
 import worker
 from safetensors.torch import load_file
+from test_runs import metrics
 
 TESTS = Path(__file__).parent
 WORLDS = (1, 2, 4)
@@ -28,10 +29,6 @@ def results(world, tmp_path_factory):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ)
         assert done.returncode == 0, done.stderr[-3000:]
     return folders
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def seen(folder, processes):
