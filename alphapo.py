@@ -1,23 +1,25 @@
-"""AlphaPO, SimPO with a reward of adjustable shape (Gupta et al., 2025), https://arxiv.org/abs/2501.03884v4
+"""AlphaPO, SimPO with a reward of adjustable shape (Gupta et al., 2025),
+https://arxiv.org/abs/2501.03884v4
 
-    a    = log pi(y|x) / |y|, or log (pi(y|x)/ref(y|x)) / |y| with --use_reference     (appendix A.4)
+    a    = log pi(y|x) / |y|, or log (pi(y|x)/ref(y|x)) / |y| with --use_reference    (appendix A.4)
     r(y) = beta (1 - exp(-alpha a)) / alpha, and beta a for alpha 0                    (Eq. 3)
     loss = -log sigmoid(r(y_w) - r(y_l) - gamma), gamma = beta gamma_beta_ratio        (Eq. 4)
 
-y_w is the chosen completion, y_l the rejected one, |y| the number of its tokens, pi the policy, and ref the
-policy before its first step. A log-prob is the sum over the completion's tokens, its end token included, in
-nats, so a is in nats per token. With alpha 0 this is SimPO (Meng et al., 2024,
+y_w is the chosen completion, y_l the rejected one, |y| the number of its tokens, pi the policy, and
+ref the policy before its first step. A log-prob is the sum over the completion's tokens, its end
+token included, in nats, so a is in nats per token. With alpha 0 this is SimPO (Meng et al., 2024,
 https://arxiv.org/abs/2405.14734v3), exactly.
 
-Minimum: none; the loss falls towards 0 as r(y_w) - r(y_l) grows. For alpha < 0 without a reference, r lies
-between beta / alpha and 0, so that the loss stays above log(1 + exp(gamma + beta / alpha)). The slope of r
-along a is beta exp(-alpha a): alpha > 0 pulls most at unlikely completions, alpha < 0 at likely ones. Where
--alpha a nears 88, float32 overflows, and the run stops before that update.
+Minimum: none; the loss falls towards 0 as r(y_w) - r(y_l) grows. For alpha < 0 without a reference,
+r lies between beta / alpha and 0, so that the loss stays above log(1 + exp(gamma + beta / alpha)).
+The slope of r along a is beta exp(-alpha a): alpha > 0 pulls most at unlikely completions, alpha <
+0 at likely ones. Where -alpha a nears 88, float32 overflows, and the run stops before that update.
 
-Departures from the paper: the loss is its own, by expm1, as 1 - exp(-alpha a) loses all digits near alpha 0.
-Its Eq. 10 (Corollary 3.3) has the ratio |grad pi_w|^2 / <grad pi_w, grad pi_l> upside down; section 3.1
-defines pi_l by y_w; section 3.3 has larger |alpha| for smaller; and Illustration 1 cuts 1.640 and 5.606e-11
-off at 1.63 and 5.60e-11. The defaults are Table 3's for Mistral, with the learning rate of Llama 3.
+Departures from the paper: the loss is its own, by expm1, as 1 - exp(-alpha a) loses all digits near
+alpha 0. Its Eq. 10 (Corollary 3.3) has the ratio |grad pi_w|^2 / <grad pi_w, grad pi_l> upside
+down; section 3.1 defines pi_l by y_w; section 3.3 has larger |alpha| for smaller; and Illustration
+1 cuts 1.640 and 5.606e-11 off at 1.63 and 5.60e-11. The defaults are Table 3's for Mistral, with
+the learning rate of Llama 3.
 
     python alphapo.py --model MODEL_FOLDER --dataset DATA_FOLDER --max_steps 100
     torchrun --nproc_per_node 8 alphapo.py --alpha 0.25
@@ -39,36 +41,36 @@ import common
 class Args:
     alpha: float = HfArg(default=0.25, help="shape of the reward, of any sign; 0 is SimPO")
     beta: float = HfArg(default=2.5, help="scale of the rewards")
-    gamma_beta_ratio: float = HfArg(default=0.1, help="margin between the rewards, in units of beta")
-    use_reference: bool = HfArg(default=False, help="log-ratios to the start model instead of log-probs")
+    gamma_beta_ratio: float = HfArg(default=0.1, help="margin of the rewards, divided by beta")
+    use_reference: bool = HfArg(default=False, help="a from log-ratios, not log-probs")
     learning_rate: float = HfArg(default=1e-6, help="peak of the schedule")
 
-    model: str = HfArg(default="Qwen/Qwen2.5-7B-Instruct", help="hub name or folder of the start model")
-    dataset: str = HfArg(default="HuggingFaceH4/ultrafeedback_binarized", help="hub name, folder or file")
+    model: str = HfArg(default="Qwen/Qwen2.5-7B-Instruct", help="start model: hub name or folder")
+    dataset: str = HfArg(default="HuggingFaceH4/ultrafeedback_binarized", help="hub name or path")
     train_split: str = HfArg(default="train_prefs", help="split to train on")
     eval_split: str = HfArg(default="test_prefs", help="split to evaluate on; empty for none")
-    output_dir: str = HfArg(default=f"runs/{Path(__file__).stem}", help="folder for all that the run writes")
+    output_dir: str = HfArg(default=f"runs/{Path(__file__).stem}", help="folder of the run")
     num_train_epochs: int = HfArg(default=1, help="passes over the training rows")
     max_steps: int = HfArg(default=0, help="optimizer steps, instead of epochs; 0 is off")
     batch_size: int = HfArg(default=128, help="rows of an optimizer step, over all processes")
-    tokens_per_micro_batch: int = HfArg(default=7168, help="tokens computed at once by a process: the memory")
-    max_length: int = HfArg(default=2048, help="tokens of a prompt with one completion; longer ones are cut")
-    warmup_ratio: float = HfArg(default=0.1, help="share of the steps in which the learning rate rises")
+    tokens_per_micro_batch: int = HfArg(default=7168, help="tokens computed at once: the memory")
+    max_length: int = HfArg(default=2048, help="tokens of prompt and completion; the rest is cut")
+    warmup_ratio: float = HfArg(default=0.1, help="share of the steps to raise the learning rate")
     max_grad_norm: float = HfArg(default=1.0, help="longer gradients are scaled down to this")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, slower")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower: recompute")
     eval_every: int = HfArg(default=100, help="steps between evaluations; 0 is off")
     save_every: int = HfArg(default=100, help="steps between checkpoints for --resume; 0 is off")
     keep_checkpoints: int = HfArg(default=1, help="how many of the newest checkpoints to keep")
-    export_every: int = HfArg(default=0, help="steps between whole models in output_dir/models; 0 is off")
+    export_every: int = HfArg(default=0, help="steps between models in output_dir/models; 0 is off")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
-    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = HfArg(default="none", help="tracker")
+    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = HfArg(default="none")
     seed: int = HfArg(default=42, help="order of the rows; weights of a model that has none")
 
     def __post_init__(self):
         if self.beta <= 0:
             raise ValueError("--beta must be above 0: at 0 no pair has a gradient")
         if self.gamma_beta_ratio < 0:
-            raise ValueError("--gamma_beta_ratio must be at least 0: it is the lead that chosen must have")
+            raise ValueError("--gamma_beta_ratio must be at least 0: the lead that chosen needs")
 
 
 def uses_reference(args):
@@ -76,8 +78,8 @@ def uses_reference(args):
 
 
 def preference_loss(policy, ref, args):
-    """policy, ref: common.PairLogps, sums in nats. Returns losses, chosen_rewards, rejected_rewards: (B,).
-    The rewards are r of the docstring above, detached."""
+    """policy, ref: common.PairLogps, sums in nats. Returns losses, chosen_rewards,
+    rejected_rewards: (B,). The rewards are r of the docstring above, detached."""
     chosen, rejected = policy.chosen, policy.rejected  # (B,)
     if args.use_reference:
         chosen, rejected = chosen - ref.chosen, rejected - ref.rejected
@@ -88,73 +90,72 @@ def preference_loss(policy, ref, args):
     return losses, args.beta * chosen.detach(), args.beta * rejected.detach()
 
 
-def values_of(policy, ref, losses, chosen_rewards, rejected_rewards):
-    """What is reported of a batch, (B,) each, under TRL's names where it has them."""
-    values = {
-        "loss": losses,
-        "rewards/chosen": chosen_rewards,
-        "rewards/rejected": rejected_rewards,
-        "rewards/margins": chosen_rewards - rejected_rewards,
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).double(),
-        "logps/chosen": policy.chosen,
-        "logps/rejected": policy.rejected,
-        "logps/chosen_mean": policy.chosen / policy.chosen_lengths,
-        "logps/rejected_mean": policy.rejected / policy.rejected_lengths,
-    }
-    if ref is not None:
-        values["logratios/chosen"] = policy.chosen - ref.chosen
-        values["logratios/rejected"] = policy.rejected - ref.rejected
-    return values
-
-
 @torch.no_grad()
 def evaluate(model, held_out, step, args, run):
     """The metrics of the held-out rows; the values of each row go to output_dir/eval."""
-    metrics = common.Metrics(run)
+    metrics = common.Metrics(model, run)
     for batch in common.whole_split(held_out, "evaluate", args, run):
-        policy = common.pair_logps(model, batch, entropy=True)
-        losses, chosen_rewards, rejected_rewards = preference_loss(policy, batch.ref, args)
-        metrics.add(batch, values_of(policy, batch.ref, losses, chosen_rewards, rejected_rewards))
+        if step == 0 and uses_reference(args):  # the policy still is the reference
+            logps, entropies = batch.ref_logps, batch.ref_entropies
+        else:
+            logps, entropies = model(batch, entropy=True)  # (2B,), chosen and rejected in turn
+        policy = common.as_pairs(logps, batch.lengths)
+        ref = common.as_pairs(batch.ref_logps, batch.lengths)
+        losses, chosen_rewards, rejected_rewards = preference_loss(policy, ref, args)
+        metrics.add_pairs(batch, logps, losses, chosen_rewards, rejected_rewards, entropies)
     metrics.save_rows(held_out, step)
-    return metrics.mean("eval/")
+    return metrics.reduce("eval/")
 
 
 def main(args):
     run = common.start(args)
     tokenizer = common.load_tokenizer(args.model)
     train, held_out = common.load_pairs(args, tokenizer)
-    model = common.load_model(args, run)
+    model = common.load_model(args, run)  # float32 weights, sharded over the processes
     if uses_reference(args):
-        common.add_reference(model, train, held_out, args, run)  # the policy before its first step
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    first_step, last_step = common.resume(model, optimizer, train, args, run)
+        # The log-probs of the policy before its first step, so there is no second model in memory.
+        common.add_reference(model, train, held_out, args, run)
+    adamw = dict(lr=args.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **adamw)
+    common.init_adamw(optimizer)
+    last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
+    first_step = common.load_checkpoint(model, optimizer, train, last_step, args, run)  # or 0
+    common.begin_output(first_step, args, run)
 
+    evaluates = held_out is not None and args.eval_every > 0
+    if evaluates and first_step == 0:  # where the curves begin
+        run.log(0, evaluate(model, held_out, 0, args, run))
     for step in run.progress(first_step, last_step):
-        metrics = common.Metrics(run)
-        for batch in common.micro_batches(train, step, args, run):  # this process's share of the step's pairs
-            policy = common.pair_logps(model, batch)  # (B,) each
-            losses, chosen_rewards, rejected_rewards = preference_loss(policy, batch.ref, args)
-            # FSDP takes the mean over processes; what remains is the mean over the step's pairs.
-            (losses.sum() * run.world_size / args.batch_size).backward()
-            metrics.add(batch, values_of(policy, batch.ref, losses, chosen_rewards, rejected_rewards))
+        metrics = common.Metrics(model, run)
+        # This process's share of the step's pairs, packed into sequences that fit in memory.
+        for batch in common.micro_batches(train, step, args, run):
+            logps, _ = model(batch)  # (2B,) sums over the completions, chosen and rejected in turn
+            policy = common.as_pairs(logps, batch.lengths)
+            ref = common.as_pairs(batch.ref_logps, batch.lengths)  # None without a reference
+            losses, chosen_rewards, rejected_rewards = preference_loss(policy, ref, args)
+            # The mean over the step's pairs. FSDP divides gradients by world_size, so we multiply.
+            loss = losses.sum() * run.world_size / args.batch_size
+            loss.backward()
+            metrics.add_pairs(batch, logps, losses, chosen_rewards, rejected_rewards)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        grad_norm = grad_norm.full_tensor().item()
+        grad_norm = grad_norm.full_tensor().item()  # of the whole model, before clipping
         common.stop_unless_finite(grad_norm, metrics, step)
         if step == 0 and uses_reference(args):
-            common.check_reference(metrics, run)
-        learning_rate = optimizer.param_groups[0]["lr"] = common.learning_rate(step, last_step, args)
+            common.check_reference(metrics, train, run)
+        learning_rate = common.learning_rate(step, last_step, args)
+        optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        results = metrics.mean() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
-        if held_out and common.due(args.eval_every, done, last_step):
+        results = metrics.reduce() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        if evaluates and common.due(args.eval_every, done, last_step):
             results |= evaluate(model, held_out, done, args, run)
         run.log(done, results)
         if common.due(args.save_every, done, last_step):
             common.save_checkpoint(model, optimizer, train, done, args, run)
         if args.export_every and done % args.export_every == 0:
-            common.export(model, tokenizer, args, run, run.output_dir / "models" / f"step-{done:06d}")
+            common.export(model, tokenizer, args, run, f"{args.output_dir}/models/step-{done:06d}")
     common.export(model, tokenizer, args, run)
     run.close()
 

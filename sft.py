@@ -2,8 +2,9 @@
 
     loss = -sum of log pi(token | all before it) / number of tokens, in nats
 
-Both run over the scored tokens of the whole batch: those of every assistant turn, end tokens included. Each
-of them weighs the same, whatever the length of its chat and whichever process computed it.
+Both run over the scored tokens of the whole batch: those of every assistant turn, end tokens
+included. Each of them weighs the same, whatever the length of its chat and whichever process
+computed it.
 
     python sft.py --model MODEL_FOLDER --dataset DATA_FOLDER --max_steps 100
     torchrun --nproc_per_node 8 sft.py
@@ -24,76 +25,87 @@ import common
 class Args:
     learning_rate: float = HfArg(default=2e-5, help="peak of the schedule")
 
-    model: str = HfArg(default="Qwen/Qwen2.5-7B-Instruct", help="hub name or folder of the start model")
-    dataset: str = HfArg(default="HuggingFaceH4/ultrachat_200k", help="hub name, folder or file")
+    model: str = HfArg(default="Qwen/Qwen2.5-7B-Instruct", help="start model: hub name or folder")
+    dataset: str = HfArg(default="HuggingFaceH4/ultrachat_200k", help="hub name or path")
     train_split: str = HfArg(default="train_sft", help="split to train on")
     eval_split: str = HfArg(default="test_sft", help="split to evaluate on; empty for none")
-    output_dir: str = HfArg(default=f"runs/{Path(__file__).stem}", help="folder for all that the run writes")
+    output_dir: str = HfArg(default=f"runs/{Path(__file__).stem}", help="folder of the run")
     num_train_epochs: int = HfArg(default=1, help="passes over the training rows")
     max_steps: int = HfArg(default=0, help="optimizer steps, instead of epochs; 0 is off")
     batch_size: int = HfArg(default=128, help="rows of an optimizer step, over all processes")
-    tokens_per_micro_batch: int = HfArg(default=7168, help="tokens computed at once by a process: the memory")
-    max_length: int = HfArg(default=2048, help="tokens of a chat; longer ones are cut")
-    warmup_ratio: float = HfArg(default=0.1, help="share of the steps in which the learning rate rises")
+    tokens_per_micro_batch: int = HfArg(default=7168, help="tokens computed at once: the memory")
+    max_length: int = HfArg(default=2048, help="tokens of a chat; the rest is cut")
+    warmup_ratio: float = HfArg(default=0.1, help="share of the steps to raise the learning rate")
     max_grad_norm: float = HfArg(default=1.0, help="longer gradients are scaled down to this")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, slower")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower: recompute")
     eval_every: int = HfArg(default=100, help="steps between evaluations; 0 is off")
     save_every: int = HfArg(default=100, help="steps between checkpoints for --resume; 0 is off")
     keep_checkpoints: int = HfArg(default=1, help="how many of the newest checkpoints to keep")
-    export_every: int = HfArg(default=0, help="steps between whole models in output_dir/models; 0 is off")
+    export_every: int = HfArg(default=0, help="steps between models in output_dir/models; 0 is off")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
-    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = HfArg(default="none", help="tracker")
+    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = HfArg(default="none")
     seed: int = HfArg(default=42, help="order of the rows; weights of a model that has none")
 
 
 def sft_loss(logps, lengths):
-    """logps: (R,) sums in nats, lengths: (R,) their scored tokens. Returns the mean over all tokens, 0-d."""
+    """logps: (R,) sums in nats, lengths: (R,) scored tokens. Returns the mean over all tokens,
+    0-d."""
     return -logps.sum() / lengths.sum()
 
 
 @torch.no_grad()
 def evaluate(model, held_out, step, args, run):
     """The metrics of the held-out chats; the values of each chat go to output_dir/eval."""
-    metrics = common.Metrics(run)
+    metrics = common.Metrics(model, run)
     for batch in common.whole_split(held_out, "evaluate", args, run):
-        logps = common.response_logps(model, batch, entropy=True)
-        metrics.add(batch, {"loss": (-logps, batch.lengths)})
+        logps, entropies = model(batch, entropy=True)  # (B,) each, one response a chat
+        metrics.add(batch, logps, {"loss": (-logps, batch.lengths)}, entropies)
     metrics.save_rows(held_out, step)
-    return metrics.mean("eval/")
+    return metrics.reduce("eval/")
 
 
 def main(args):
     run = common.start(args)
     tokenizer = common.load_tokenizer(args.model)
     train, held_out = common.load_chats(args, tokenizer)
-    model = common.load_model(args, run)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    first_step, last_step = common.resume(model, optimizer, train, args, run)
+    model = common.load_model(args, run)  # float32 weights, sharded over the processes
+    adamw = dict(lr=args.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **adamw)
+    common.init_adamw(optimizer)
+    last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
+    first_step = common.load_checkpoint(model, optimizer, train, last_step, args, run)  # or 0
+    common.begin_output(first_step, args, run)
 
+    evaluates = held_out is not None and args.eval_every > 0
+    if evaluates and first_step == 0:  # where the curves begin
+        run.log(0, evaluate(model, held_out, 0, args, run))
     for step in run.progress(first_step, last_step):
-        metrics = common.Metrics(run)
-        for batch in common.micro_batches(train, step, args, run):  # this process's share of the step's chats
-            logps = common.response_logps(model, batch)  # (B,), one response a chat
-            # FSDP takes the mean over processes; what remains is the mean over the step's tokens.
+        metrics = common.Metrics(model, run)
+        # This process's share of the step's chats, packed into sequences that fit in memory.
+        for batch in common.micro_batches(train, step, args, run):
+            logps, _ = model(batch)  # (B,), one response a chat
+            # The mean over the step's tokens. FSDP divides gradients by world_size, so we multiply.
             share_of_step = batch.lengths.sum() / batch.step_tokens
-            (sft_loss(logps, batch.lengths) * share_of_step * run.world_size).backward()
-            metrics.add(batch, {"loss": (-logps, batch.lengths)})
+            loss = sft_loss(logps, batch.lengths) * share_of_step * run.world_size
+            loss.backward()
+            metrics.add(batch, logps, {"loss": (-logps, batch.lengths)})
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        grad_norm = grad_norm.full_tensor().item()
+        grad_norm = grad_norm.full_tensor().item()  # of the whole model, before clipping
         common.stop_unless_finite(grad_norm, metrics, step)
-        learning_rate = optimizer.param_groups[0]["lr"] = common.learning_rate(step, last_step, args)
+        learning_rate = common.learning_rate(step, last_step, args)
+        optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        results = metrics.mean() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
-        if held_out and common.due(args.eval_every, done, last_step):
+        results = metrics.reduce() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        if evaluates and common.due(args.eval_every, done, last_step):
             results |= evaluate(model, held_out, done, args, run)
         run.log(done, results)
         if common.due(args.save_every, done, last_step):
             common.save_checkpoint(model, optimizer, train, done, args, run)
         if args.export_every and done % args.export_every == 0:
-            common.export(model, tokenizer, args, run, run.output_dir / "models" / f"step-{done:06d}")
+            common.export(model, tokenizer, args, run, f"{args.output_dir}/models/step-{done:06d}")
     common.export(model, tokenizer, args, run)
     run.close()
 
