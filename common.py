@@ -1,12 +1,10 @@
-"""What the scripts share, in the order in which a run meets it: settings and errors, processes, the
-splits, micro-batches, attention, the model, log-probs, the reference, metrics, checkpoints, export.
-How a row becomes token ids stands in data.py. No method is named here.
+"""What the scripts share, in the order in which a run meets it; data.py has what turns rows into
+batches. No method is named here.
 
 Letters in shapes: B rows, R responses, T tokens and N scored tokens of a micro-batch; H hidden
 size, V vocabulary. Log-probs are in nats, summed over a response's scored tokens."""
 
 import contextlib
-import dataclasses
 import datetime
 import hashlib
 import importlib.util
@@ -45,7 +43,6 @@ from data import micro_batches, whole_split  # noqa: F401, the scripts call them
 # Set on import: torch's threads and the GPU's allocator read these once, when they start.
 torch.set_flush_denormal(True)  # the tiny gradients of saturated pairs slow a CPU a hundredfold
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are tokenized in parallel processes
 
 HERE = Path(__file__).resolve().parent
 
@@ -61,13 +58,12 @@ def fail(message):
 
 @contextlib.contextmanager
 def user_errors(context):
-    """Around code that reads what the user gave, where libraries may raise anything: ends the
-    program with one line, the context and what the error says."""
+    """Ends the program with one line where libraries, which raise anything, read a user's input."""
     try:
         yield
     except Exception as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        fail(f"{context}: {kind}{str(error).strip().splitlines()[0]}")
+        fail(f"{context}: {kind}{str(error).strip().partition(chr(10))[0]}")
 
 
 def parse_args(Args):
@@ -111,10 +107,9 @@ def recipe_arguments(path, script):
     return arguments
 
 
-POSITIVE = "batch_size tokens_per_micro_batch max_length max_grad_norm keep_checkpoints".split()
-POSITIVE += ["num_train_epochs"]
-NOT_NEGATIVE = "max_steps warmup_ratio eval_every save_every export_every learning_rate".split()
-NOT_NEGATIVE += ["seed"]
+SIZES = """batch_size tokens_per_micro_batch max_length max_grad_norm keep_checkpoints
+    num_train_epochs"""
+RATES = "max_steps warmup_ratio eval_every save_every export_every learning_rate seed"
 # What `--resume` may change: how long the run is, how it is computed, and what it reports.
 MAY_CHANGE = """resume output_dir num_train_epochs max_steps tokens_per_micro_batch
     gradient_checkpointing eval_every save_every keep_checkpoints export_every report_to""".split()
@@ -122,10 +117,10 @@ MAY_CHANGE = """resume output_dir num_train_epochs max_steps tokens_per_micro_ba
 
 def check_settings(args):
     """What holds for every method. The output folder is empty, or `--resume` finds its run."""
-    for name in POSITIVE:
+    for name in SIZES.split():
         if getattr(args, name) <= 0:
             fail(f"--{name} must be above 0")
-    for name in NOT_NEGATIVE:
+    for name in RATES.split():
         if getattr(args, name) < 0:
             fail(f"--{name} must be 0 or more")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
@@ -138,7 +133,7 @@ def check_settings(args):
     if not args.resume or not (folder / "config.yaml").is_file():
         fail(f"--output_dir {folder} is in use: choose another, or go on with its run by --resume")
     before = yaml.safe_load((folder / "config.yaml").read_text())
-    for name, value in dataclasses.asdict(args).items():
+    for name, value in vars(args).items():
         if name not in MAY_CHANGE and value != before.get(name):
             fail(f"--resume: the run in {folder} has {name} {before.get(name)}, not {value}")
 
@@ -158,15 +153,13 @@ def start(args):
         print0("no GPU: computing on the CPU, for small models (--config recipes/toy.yaml has one)")
     torch.use_deterministic_algorithms(not cuda)
     if not dist.is_initialized():
-        options = dict(backend="cpu:gloo,cuda:nccl" if cuda else "gloo")
         # The others wait while rank 0 downloads and tokenizes, which may take hours.
-        options |= dict(timeout=datetime.timedelta(hours=4))
+        options = dict(timeout=datetime.timedelta(hours=4))
         if "RANK" not in os.environ:
             options |= dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group(**options)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
     with rank_zero_first():
-        if dist.get_rank() == 0:
-            check_settings(args)
+        check_settings(args)
     return Run(args)
 
 
@@ -174,13 +167,12 @@ def report_crash(args, kind, error, traceback):
     """The `sys.excepthook` of a run: says what to do where the program is not at fault."""
     if issubclass(kind, KeyboardInterrupt):
         saved = any(Path(args.output_dir).glob("checkpoints/step-*/state.json"))
-        then = "goes on from the last checkpoint" if saved else "begins again: there is none yet"
+        then = "goes on from the last checkpoint" if saved else "begins again: no checkpoint yet"
         print0(f"interrupted; the same command with --resume {then}")
     elif issubclass(kind, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        budget = f"--tokens_per_micro_batch (now {args.tokens_per_micro_batch}, and never less than"
-        budget += f" a row: --max_length {args.max_length})"
-        ways = f"lower {budget}, give --gradient_checkpointing, or take more GPUs"
-        print(f"error: out of memory: {ways}\n{error}", file=sys.stderr, flush=True)
+        budget = f"{args.tokens_per_micro_batch} now; a row may have --max_length {args.max_length}"
+        ways = f"lower --tokens_per_micro_batch ({budget}), give --gradient_checkpointing, or"
+        print(f"error: out of memory: {ways} take more GPUs\n{error}", file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, traceback)
 
@@ -261,8 +253,7 @@ def open_tracker(args):
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir)
         return lambda metrics, step: [writer.add_scalar(*item, step) for item in metrics.items()]
     tracker = importlib.import_module(args.report_to)  # trackio has wandb's interface
-    name, settings = Path(args.output_dir).name, dataclasses.asdict(args)
-    tracker.init(project=HERE.name, name=name, config=settings)
+    tracker.init(project=HERE.name, name=Path(args.output_dir).name, config=vars(args))
     return lambda metrics, step: tracker.log(metrics, step=step)
 
 
@@ -312,8 +303,8 @@ def load_splits(args, tokenizer, encode):
         if not processes <= args.batch_size <= len(train):
             fail(f"--batch_size {args.batch_size}: {processes} processes and {len(train)} rows")
         steps, left_out = divmod(len(train), args.batch_size)
-        size = f"{args.batch_size} rows, {train.tokens.mean():.0f} tokens each"
-        print0(f"an epoch has {steps} steps of {size}, and leaves out {left_out} rows")
+        size = f"{steps} steps, {train.tokens.mean():.0f} tokens a row"
+        print0(f"an epoch: {size}, {left_out} rows left out")
         if not args.eval_split:
             return train, None
         if Path(args.dataset).is_file() and args.eval_split != args.train_split:
@@ -375,13 +366,9 @@ def response_attention(query, key, value, scaling, window, softcap):
     return out[0].transpose(0, 1)  # (Q, heads, d)
 
 
-transformers.AttentionInterface.register("packed", packed_attention)
-
-
 # ---- The model ----
 class LogprobModel(torch.nn.Module):
-    """A Hugging Face model whose forward gives log-probs instead of logits. The LM head is applied
-    in here because FSDP gathers its weight only for as long as the forward runs."""
+    """A Hugging Face model that gives log-probs. The LM head is in here, where FSDP gathers it."""
 
     def __init__(self, hf_model):
         super().__init__()
@@ -415,6 +402,7 @@ def load_model(args, run):
         with torch.device("meta"):
             hf_model = AutoModelForCausalLM.from_config(config, **options)
         refuse_unsupported(hf_model, args)
+        transformers.AttentionInterface.register("packed", packed_attention)
         hf_model.set_attn_implementation("packed")
         if run.rank == 0:
             whole = read_weights(folder, args)
@@ -432,7 +420,7 @@ def load_model(args, run):
     size = sum(parameter.numel() for parameter in model.parameters())
     print0(f"{size:,} parameters, computing in {run.compute_dtype} on {run.device.type}")
     memory = f"{16 * size / run.world_size / 1e9:.2f} GB"  # all in float32
-    print0(f"memory per process: {memory} for weights, gradients and AdamW, and the activations")
+    print0(f"memory per process: {memory} for weights, gradients and AdamW, and activations")
     return model.eval()  # that is, without dropout
 
 
@@ -452,10 +440,8 @@ def shard(model, args, run):
 def read_weights(folder, args):
     """The whole model, in the dtype of its files."""
     if any(folder.glob("*.safetensors")):
-        options = dict(dtype="auto", use_safetensors=True, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, **options
-        )
+        options = dict(dtype="auto", use_safetensors=True, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
         missing = sorted(info["missing_keys"])
         if missing:
             fail(f"--model {args.model}: {len(missing)} tensors are missing, such as {missing[0]}")
@@ -467,28 +453,24 @@ def read_weights(folder, args):
         fail(f"--model {args.model}: the hub has no safetensors of it")
     print0(f"{folder} has a config and no weights: they are drawn from seed {args.seed}")
     torch.manual_seed(args.seed)
-    config = AutoConfig.from_pretrained(folder)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-LOGIT_SCALES = ["logit_scale", "logits_scaling", "lm_head_multiplier"]
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
 
 
 def refuse_unsupported(model, args):
     """Ends the program for an architecture that would be computed wrongly here."""
     config, rope = model.config, getattr(model.config, "rope_parameters", None) or {}
-    layers = set(getattr(config, "layer_types", None) or ())
-    layers -= {"full_attention", "sliding_attention"}
+    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     limit = getattr(config, "max_position_embeddings", 0)
     limit = rope.get("original_max_position_embeddings", limit)
     stretched = rope.get("rope_type") in ("dynamic", "longrope") and args.max_length > limit
+    scales = "logit_scale", "logits_scaling", "lm_head_multiplier"
     reasons = {
         "its attention cannot be replaced": not model._supports_attention_backend,
         "it is multimodal": config.get_text_config() is not config,
         "it is quantized": getattr(config, "quantization_config", None),
-        f"it has layers of {', '.join(layers)}": layers,
+        f"it has layers of {', '.join(odd)}": odd,
         "it has attention sinks": any("sinks" in name for name, _ in model.named_parameters()),
-        "its logits are scaled": any(getattr(config, name, 1) != 1 for name in LOGIT_SCALES),
+        "its logits are scaled": any(getattr(config, name, 1) != 1 for name in scales),
         "its LM head has a bias": model.get_output_embeddings().bias is not None,
         f"beyond {limit} tokens (--max_length) a row's positions depend on the others'": stretched,
     }
@@ -498,9 +480,12 @@ def refuse_unsupported(model, args):
 
 
 # ---- Log-probs ----
+KEPT_LOGITS_BYTES = 4e9  # with more, logits are not kept for backward but computed again
+
+
 def token_logps(hidden, weight, targets, softcap=None, entropy=False):
-    """log softmax(hidden @ weight.T)[targets] and, with `entropy`, that softmax's entropy, which has
-    no gradient, in nats. hidden (N, H), weight (V, H), targets (N,) -> (N,) each, or None."""
+    """log softmax(hidden @ weight.T)[targets] and, with `entropy`, the softmax's entropy, without
+    gradient, in nats. hidden (N, H), weight (V, H), targets (N,) -> (N,), and (N,) or None."""
     return TokenLogps.apply(hidden, weight, targets, softcap, entropy, torch.is_grad_enabled())
 
 
@@ -513,8 +498,8 @@ class TokenLogps(torch.autograd.Function):
 
     Soft-capping, z = c tanh(z' / c), puts the factor d z / d z' = 1 - (z / c)^2 after the first
     line. Autograd would keep z and its softmax, (N, V) each, in float32. Here z is in float32 for a
-    slice of the N rows at a time; it is kept in the compute dtype and turned into its gradient in
-    place or, where it would take more than 4 GB, computed again."""
+    slice of the N rows at a time; what is kept of it is in the compute dtype, and is turned into
+    its gradient in place."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, entropy, train):
@@ -557,9 +542,6 @@ class TokenLogps(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-KEPT_LOGITS_BYTES = 4e9
-
-
 def slices(hidden, weight):
     """Slices of the N rows whose logits take 256 MB in float32."""
     size = max(1, 2**26 // len(weight))
@@ -590,9 +572,8 @@ def as_pairs(logps, lengths):
 
 # ---- The reference: the policy before its first step ----
 def add_reference(model, train, held_out, args, run):
-    """Gives both splits the log-probs of the policy as it is now, before its first step, and the
-    held-out one its entropies. They are computed once: a file beside output_dir keeps them for all
-    runs from the same model and rows."""
+    """Gives the splits the log-probs, and the held-out one the entropies, of the policy before its
+    first step. A file beside output_dir keeps them for all runs from the same model and rows."""
     start = from_rank_zero(start_fingerprint(args.model, args.seed) if run.rank == 0 else None)
     for split in [train, held_out] if held_out else [train]:
         entropy = split is held_out
@@ -602,7 +583,7 @@ def add_reference(model, train, held_out, args, run):
         if from_rank_zero(path.is_file()):  # as one process sees it: another run may be writing it
             values, verb = load_file(path), "read from"
         else:
-            values, verb = compute_reference(model, split, entropy, args, run), "computed, kept in"
+            values, verb = compute_reference(model, split, entropy, args, run), "computed: kept in"
             if run.rank == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
@@ -615,18 +596,17 @@ def add_reference(model, train, held_out, args, run):
 
 @torch.no_grad()
 def compute_reference(model, split, entropy, args, run):
-    """{"logps": (rows, responses)}, with `entropy` also "entropies", computed by all processes."""
+    """{"logps", "lengths" and, with `entropy`, "entropies": (rows, responses)}."""
     batches = whole_split(split, "reference", args, run)
     rows, logps, entropies = zip(*[(batch.rows, *model(batch, entropy)) for batch in batches])
-    values = {"logps": gather_rows(split, rows, logps, run)}
+    values = {"logps": gather_rows(split, rows, logps, run), "lengths": split.lengths}
     if entropy:
         values["entropies"] = gather_rows(split, rows, entropies, run)
     return values
 
 
 def gather_rows(split, rows, values, run):
-    """(rows, responses) of the whole split, on the CPU. rows: the row numbers of each of this
-    process's batches, values: (R,) of each."""
+    """(rows, responses) of the split, from each process's batches: row numbers and values (R,)."""
     table = torch.zeros(split.lengths.shape, device=run.device)
     for members, batch_values in zip(rows, values, strict=True):
         table[members] = batch_values.view(len(members), -1)
@@ -646,17 +626,15 @@ def start_fingerprint(name, seed):
 
 
 def check_reference(metrics, train, run):
-    """Before the first update the policy is the reference. Prints the largest log-ratio per token,
-    which should be the rounding that depends on the micro-batch, and warns where it is more."""
+    """Prints how far the policy is from the reference before any update: by rounding alone."""
     largest = torch.zeros(())
     for rows, _, logps, _ in metrics.batches:
         logratios = logps.view(len(rows), -1).cpu() - train.ref[rows]
         largest = torch.maximum(largest, (logratios / train.lengths[rows]).abs().max())
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     limit = 1e-2 if run.compute_dtype == torch.bfloat16 else 1e-5
-    found = f"log-ratios of at most {largest:.1e} nats a token"
-    fault = f", WARNING: above {limit}: they do not compute the same" if largest > limit else ""
-    print0(f"policy against reference at step 0: {found}{fault}")
+    warning = f" WARNING: above {limit}: they do not compute the same" if largest > limit else ""
+    print0(f"policy and reference at step 0: {largest:.1e} nats a token apart at most{warning}")
 
 
 # ---- Metrics and schedule ----
@@ -702,10 +680,8 @@ class Metrics:
         self.add(batch, logps, values, entropies)
 
     def reduce(self, prefix=""):
-        """{name: mean over all processes}, without names that no row added to, and the tokens per
-        second that all of them computed. One all-reduce: every process must call it."""
-        totals = torch.stack(list(self.sums.values())).cpu()
-        # After that, which waits for the device.
+        """{name: mean over all processes}, and tokens_per_second. All processes must call this."""
+        totals = torch.stack(list(self.sums.values())).cpu()  # first, as it waits for the device
         seconds = (time.perf_counter() - self.started) / self.run.world_size
         tokens = self.model.tokens_computed - self.tokens_before
         speed = torch.tensor([[tokens, seconds if tokens else 0]], dtype=torch.float64)
@@ -715,7 +691,7 @@ class Metrics:
         return {name: x / n for name, (x, n) in zip(names, totals.tolist(), strict=True) if n}
 
     def save_rows(self, split, step):
-        """Writes each row's values as eval/step-<step>.safetensors. Every process must call it."""
+        """Writes the rows' values as eval/step-<step>.safetensors. All processes must call this."""
         rows, _, logps, entropies = zip(*self.batches, strict=True)
         values = dict(policy=gather_rows(split, rows, logps, self.run), lengths=split.lengths)
         values["entropy"] = gather_rows(split, rows, entropies, self.run)
@@ -731,17 +707,15 @@ def stop_unless_finite(grad_norm, metrics, step):
     """Ends the run before an update that would spoil the weights; checkpoints stay as they are."""
     if math.isfinite(grad_norm):
         return
-    rows = np.concatenate([rows for rows, *_ in metrics.batches])
-    losses = torch.cat([losses for _, losses, *_ in metrics.batches])
-    bad = rows[~losses.isfinite().cpu().numpy()]
-    where = f"losses not finite in rows {bad}" if len(bad) else f"losses finite in rows {rows}"
-    problem = f"stopped in step {step + 1}, before its update"
-    raise SystemExit(f"{problem}: gradient norm {grad_norm}, {where}")
+    rows = torch.cat([torch.tensor(rows) for rows, *_ in metrics.batches])
+    losses = torch.cat([losses.cpu() for _, losses, *_ in metrics.batches])
+    bad = rows[~losses.isfinite()].tolist()
+    where = f"losses not finite in rows {bad}" if bad else f"losses finite in rows {rows.tolist()}"
+    raise SystemExit(f"stopped in step {step + 1}: gradient norm {grad_norm}, {where}")
 
 
 def learning_rate(step, last_step, args):
-    """Linear warm-up, then half a cosine to 0, as in transformers'
-    get_cosine_schedule_with_warmup."""
+    """Linear warm-up, then half a cosine to 0, as transformers' cosine schedule has it."""
     warmup = math.ceil(args.warmup_ratio * last_step)
     if step < warmup:
         return args.learning_rate * (step / warmup)
@@ -756,12 +730,10 @@ def due(every, step, last_step):
 
 # ---- Checkpoints ----
 def init_adamw(optimizer):
-    """Gives AdamW the state of its first step now: a checkpoint then always has every tensor, and
-    is loaded into the tensors that are there."""
+    """Makes AdamW's moments before its first step, so that a checkpoint can be loaded into them."""
     for parameter in optimizer.param_groups[0]["params"]:
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        step = torch.zeros((), device=parameter.device)
-        optimizer.state[parameter] = {"step": step, **moments}
+        optimizer.state[parameter] = moments | {"step": torch.zeros((), device=parameter.device)}
 
 
 def training_state(model, optimizer):
@@ -782,13 +754,12 @@ def save_checkpoint(model, optimizer, train, step, args, run):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    # Safetensors, as DCP's own format is pickle.
-    writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+    writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)  # no pickle
     dcp.save(training_state(model, optimizer), storage_writer=writer)
     if run.rank == 0:
         files = {file.name: file.stat().st_size for file in unfinished.iterdir()}
         state = dict(step=step, rows=train.fingerprint, start=train.start, files=files)
-        state["settings"] = dataclasses.asdict(args)
+        state["settings"] = vars(args)
         (unfinished / "state.json").write_text(json.dumps(state, indent=2))
         for path in [*unfinished.iterdir(), unfinished]:
             descriptor = os.open(path, os.O_RDONLY)
@@ -816,8 +787,6 @@ def load_checkpoint(model, optimizer, train, last_step, args, run):
     """Under `--resume`, loads the newest checkpoint. Returns its step, or 0 where there is none."""
     newest = from_rank_zero(checkpoints(run)[-1:] if args.resume else [])
     if not newest:
-        if args.resume and (run.output_dir / "config.json").is_file():
-            fail(f"--resume: the run in {run.output_dir} is finished and has no checkpoint")
         return 0
     folder = newest[0]
     state = json.loads((folder / "state.json").read_text())
@@ -834,15 +803,24 @@ def load_checkpoint(model, optimizer, train, last_step, args, run):
     return step
 
 
+def exit_if_finished(last_step, args, run):
+    """Under `--resume`, ends the program where output_dir already has a model of so many steps."""
+    has_model = args.resume and (run.output_dir / "config.json").is_file()
+    log = (run.output_dir / "metrics.jsonl").read_text().splitlines() if has_model else []
+    step = from_rank_zero(json.loads(log[-1])["step"] if log else -1)
+    if step >= last_step:
+        print0(f"nothing is left to do: the run in {run.output_dir} ended with step {step}")
+        raise SystemExit(0)
+
+
 def begin_output(first_step, args, run):
-    """Makes output_dir that of a run at `first_step`: with its config.yaml, with metrics.jsonl up
-    to there, and without a final model."""
+    """Makes output_dir that of a run at `first_step`: settings, metrics until there, no model."""
     if run.rank > 0:
         return
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
     (run.output_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     log = run.output_dir / "metrics.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if first_step else []
+    lines = log.read_text().splitlines(keepends=True) if first_step and log.is_file() else []
     # A killed run may have gone on after its checkpoint, and have left half a line.
     lines = [line for line in lines if line.endswith("\n")]
     log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
@@ -879,11 +857,9 @@ def export(model, tokenizer, args, run, folder=None):
 
 def generation_config(name, tokenizer):
     """A model's generation config, which stops at its own end tokens and at the training rows'."""
-    folder = model_folder(name)
-    if (folder / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(folder)
-    else:
-        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+    config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_folder(name)))
+    if (model_folder(name) / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(model_folder(name))
     if tokenizer.chat_template:
         chat = [dict(role="user", content="?"), dict(role="assistant", content="!")]
         end = data.ensure_end_token(data.to_ids(chat, tokenizer), tokenizer)[-1]
@@ -896,7 +872,9 @@ def model_card(args):
     """How the model was made, for the README of its folder."""
     status, commit = subprocess.getstatusoutput(f"git -C '{HERE}' rev-parse HEAD")
     script, commit = Path(sys.argv[0]).name, "unknown" if status else commit
-    settings = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
-    made = f"Made from {args.model} by `{script}` on {args.train_split} of {args.dataset}"
+    settings = yaml.safe_dump(vars(args), sort_keys=False)
+    made = (
+        f"Made from {args.model} by `{script}` on {args.train_split} of {args.dataset}, at commit"
+    )
     header = "---\nlibrary_name: transformers\n---"
-    return f"{header}\n\n{made}, at commit {commit}, with\n\n```yaml\n{settings}```\n"
+    return f"{header}\n\n{made} {commit}, with\n\n```yaml\n{settings}```\n"

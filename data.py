@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as rows are tokenized by processes
 
 
 # ---- Reading rows ----
@@ -320,7 +321,8 @@ def to_ids(turns, tokenizer, header=False):
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=header)
     except Exception as error:  # a template may raise anything
-        raise ValueError(f"the chat template refuses the messages: {error}") from None
+        reason = " ".join(str(error).split())  # all of its lines
+        raise ValueError(f"the chat template refuses the messages: {reason}") from None
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -113,8 +113,7 @@ def partners(prompts, seed):
 
 
 def mismatch(split, name, args):
-    """A split of the same prompts, each with the completion of the row's partner, cut to
-    max_length."""
+    """A split of the same prompts, each with the completion of its partner, cut to max_length."""
     prompts = [hash(tuple(prompt)) for prompt in split.rows["prompt"]]
     if len(set(prompts)) == 1:
         common.fail(f"{name}: all rows have the same prompt, but z0 needs completions of another")
@@ -187,17 +186,16 @@ def with_margins(results, prefix=""):
 
 
 @torch.no_grad()
-def evaluate(model, held_out, mismatched, step, args, run):
+def evaluate(model, held_out, step, args, run):
     """The metrics of the held-out rows; the values of each row go to output_dir/eval."""
     metrics = common.Metrics(model, run)
-    kl = torch.zeros((), device=run.device)
-    if step > 0:
-        kl = estimate_kl(model, common.whole_split(mismatched, "evaluate z0", args, run), run)
+    mismatched = common.whole_split(held_out.mismatched, "evaluate z0", args, run)
+    kl = estimate_kl(model, mismatched, run) if step > 0 else torch.zeros((), device=run.device)
     for batch in common.whole_split(held_out, "evaluate", args, run):
-        if step == 0:  # the policy still is the reference
+        if step == 0 and uses_reference(args):  # the policy still is the reference
             logps, entropies = batch.ref_logps, batch.ref_entropies
         else:
-            logps, entropies = model(batch, entropy=True)  # (B,) each, one response a row
+            logps, entropies = model(batch, entropy=True)  # (R,) sums over each response's tokens
         losses, rewards = kto_loss(logps, batch.ref_logps, batch.labels, kl, args)
         add_rows(metrics, batch, logps, losses, rewards, kl, entropies)
     metrics.save_rows(held_out, step)
@@ -210,29 +208,33 @@ def main(args):
     train, held_out = common.load_unpaired(args, tokenizer)
     report_classes(train, args)
     with common.rank_zero_first():
-        mismatched = mismatch(train, args.train_split, args)
-        held_out_mismatched = held_out and mismatch(held_out, args.eval_split, args)
+        train.mismatched = mismatch(train, args.train_split, args)
+        if held_out:
+            held_out.mismatched = mismatch(held_out, args.eval_split, args)
+    last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
+    common.exit_if_finished(last_step, args, run)  # under --resume, nothing may be left to do
     model = common.load_model(args, run)  # float32 weights, sharded over the processes
     if uses_reference(args):
         # The log-probs of the policy before its first step, so there is no second model in memory.
         common.add_reference(model, train, held_out, args, run)
-        common.add_reference(model, mismatched, held_out_mismatched, args, run)
+        held_out_mismatched = held_out and held_out.mismatched
+        common.add_reference(model, train.mismatched, held_out_mismatched, args, run)
+    # Weights and moments are float32: at these rates bfloat16 would round every update away.
     adamw = dict(lr=args.learning_rate, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **adamw)
     common.init_adamw(optimizer)
-    last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
     first_step = common.load_checkpoint(model, optimizer, train, last_step, args, run)  # or 0
     common.begin_output(first_step, args, run)
 
     evaluates = held_out is not None and args.eval_every > 0
-    if evaluates and first_step == 0:  # where the curves begin
-        run.log(0, evaluate(model, held_out, held_out_mismatched, 0, args, run))
+    if evaluates and first_step == 0:
+        run.log(0, evaluate(model, held_out, 0, args, run))  # where the curves begin
     for step in run.progress(first_step, last_step):
         metrics = common.Metrics(model, run)
-        kl = estimate_kl(model, common.micro_batches(mismatched, step, args, run), run)
+        kl = estimate_kl(model, common.micro_batches(train.mismatched, step, args, run), run)
         # This process's share of the step's rows, packed into sequences that fit in memory.
         for batch in common.micro_batches(train, step, args, run):
-            logps, _ = model(batch)  # (B,), one response a row
+            logps, _ = model(batch)  # (R,) log-probs, summed over each response's tokens
             losses, rewards = kto_loss(logps, batch.ref_logps, batch.labels, kl, args)
             # The mean over the step's rows. FSDP divides gradients by world_size, so we multiply.
             loss = losses.sum() * run.world_size / args.batch_size
@@ -248,11 +250,12 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        done = step + 1
-        results = with_margins(metrics.reduce())
+        done = step + 1  # updates
+        # All that follows reports and saves: it changes nothing in the training.
+        results = with_margins(metrics.reduce())  # means over all processes' rows
         results |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
         if evaluates and common.due(args.eval_every, done, last_step):
-            results |= evaluate(model, held_out, held_out_mismatched, done, args, run)
+            results |= evaluate(model, held_out, done, args, run)
         run.log(done, results)
         if common.due(args.save_every, done, last_step):
             common.save_checkpoint(model, optimizer, train, done, args, run)

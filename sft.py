@@ -58,7 +58,7 @@ def evaluate(model, held_out, step, args, run):
     """The metrics of the held-out chats; the values of each chat go to output_dir/eval."""
     metrics = common.Metrics(model, run)
     for batch in common.whole_split(held_out, "evaluate", args, run):
-        logps, entropies = model(batch, entropy=True)  # (B,) each, one response a chat
+        logps, entropies = model(batch, entropy=True)  # (R,) sums over each response's tokens
         metrics.add(batch, logps, {"loss": (-logps, batch.lengths)}, entropies)
     metrics.save_rows(held_out, step)
     return metrics.reduce("eval/")
@@ -68,22 +68,24 @@ def main(args):
     run = common.start(args)
     tokenizer = common.load_tokenizer(args.model)
     train, held_out = common.load_chats(args, tokenizer)
+    last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
+    common.exit_if_finished(last_step, args, run)  # under --resume, nothing may be left to do
     model = common.load_model(args, run)  # float32 weights, sharded over the processes
+    # Weights and moments are float32: at these rates bfloat16 would round every update away.
     adamw = dict(lr=args.learning_rate, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **adamw)
     common.init_adamw(optimizer)
-    last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
     first_step = common.load_checkpoint(model, optimizer, train, last_step, args, run)  # or 0
     common.begin_output(first_step, args, run)
 
     evaluates = held_out is not None and args.eval_every > 0
-    if evaluates and first_step == 0:  # where the curves begin
-        run.log(0, evaluate(model, held_out, 0, args, run))
+    if evaluates and first_step == 0:
+        run.log(0, evaluate(model, held_out, 0, args, run))  # where the curves begin
     for step in run.progress(first_step, last_step):
         metrics = common.Metrics(model, run)
-        # This process's share of the step's chats, packed into sequences that fit in memory.
+        # This process's share of the step's rows, packed into sequences that fit in memory.
         for batch in common.micro_batches(train, step, args, run):
-            logps, _ = model(batch)  # (B,), one response a chat
+            logps, _ = model(batch)  # (R,) log-probs, summed over each response's tokens
             # The mean over the step's tokens. FSDP divides gradients by world_size, so we multiply.
             share_of_step = batch.lengths.sum() / batch.step_tokens
             loss = sft_loss(logps, batch.lengths) * share_of_step * run.world_size
@@ -97,8 +99,10 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        done = step + 1
-        results = metrics.reduce() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        done = step + 1  # updates
+        # All that follows reports and saves: it changes nothing in the training.
+        results = metrics.reduce()  # means over all processes' rows
+        results |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
         if evaluates and common.due(args.eval_every, done, last_step):
             results |= evaluate(model, held_out, done, args, run)
         run.log(done, results)

@@ -16,14 +16,14 @@ y_w is the chosen completion, y_l the rejected one, pi the policy, and ref the p
 first step. A log-prob is the sum over the completion's tokens, its end token included, in nats.
 
 Minimum: -2/e, at the log-ratios r_w = 1/beta - 1/alpha and r_l = -1/alpha, by default +5 and -5
-nats. With alpha 0 it is -1/e, anywhere on the line r_w - r_l = 1/beta. alpha = beta leaves the
-chosen completion where it was; alpha < beta asks to lower it. On the far wrong side the slope grows
-like |s| exp(|s|), so that one pair can rule a whole batch; below s = -84 float32 overflows, and the
-run stops before that update.
+nats. With alpha 0 it is -1/e, anywhere on the line r_w - r_l = 1/beta. With alpha = beta the target
+leaves the chosen completion where it was; with alpha < beta it lowers it. On the far wrong side the
+slope grows like |s| exp(|s|), so one pair can dominate a batch; below s = -84 float32 overflows,
+and the run stops before that update.
 
-Departures from the papers: the loss is theirs. The target of r_l under Eq. 6 of the second paper
-has the wrong sign, 1/alpha; both call z = 1 a maximum, which is the minimum, and the second calls f
-convex, which it is only below z = 2. Neither gives a beta or alpha: 0.1 and 0.2 are ours.
+Departures from the papers: none in the loss. Section 3.2 of the second paper gives the target of
+r_l as 1/alpha; by its Eq. 6 it is -1/alpha. Both call the minimum at z = 1 a maximum; the second
+calls f convex, which it is only up to z = 2. Neither states beta or alpha: 0.1 and 0.2 are ours.
 
     python spo.py --model MODEL_FOLDER --dataset DATA_FOLDER --max_steps 100
     torchrun --nproc_per_node 8 spo.py --beta 0.1
@@ -98,8 +98,8 @@ def evaluate(model, held_out, step, args, run):
         if step == 0 and uses_reference(args):  # the policy still is the reference
             logps, entropies = batch.ref_logps, batch.ref_entropies
         else:
-            logps, entropies = model(batch, entropy=True)  # (2B,), chosen and rejected in turn
-        policy = common.as_pairs(logps, batch.lengths)
+            logps, entropies = model(batch, entropy=True)  # (R,) sums over each response's tokens
+        policy = common.as_pairs(logps, batch.lengths)  # (B,) chosen, (B,) rejected
         ref = common.as_pairs(batch.ref_logps, batch.lengths)
         losses, chosen_rewards, rejected_rewards = preference_loss(policy, ref, args)
         metrics.add_pairs(batch, logps, losses, chosen_rewards, rejected_rewards, entropies)
@@ -111,29 +111,31 @@ def main(args):
     run = common.start(args)
     tokenizer = common.load_tokenizer(args.model)
     train, held_out = common.load_pairs(args, tokenizer)
+    last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
+    common.exit_if_finished(last_step, args, run)  # under --resume, nothing may be left to do
     model = common.load_model(args, run)  # float32 weights, sharded over the processes
     if uses_reference(args):
         # The log-probs of the policy before its first step, so there is no second model in memory.
         common.add_reference(model, train, held_out, args, run)
+    # Weights and moments are float32: at these rates bfloat16 would round every update away.
     adamw = dict(lr=args.learning_rate, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **adamw)
     common.init_adamw(optimizer)
-    last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
     first_step = common.load_checkpoint(model, optimizer, train, last_step, args, run)  # or 0
     common.begin_output(first_step, args, run)
 
     evaluates = held_out is not None and args.eval_every > 0
-    if evaluates and first_step == 0:  # where the curves begin
-        run.log(0, evaluate(model, held_out, 0, args, run))
+    if evaluates and first_step == 0:
+        run.log(0, evaluate(model, held_out, 0, args, run))  # where the curves begin
     for step in run.progress(first_step, last_step):
         metrics = common.Metrics(model, run)
-        # This process's share of the step's pairs, packed into sequences that fit in memory.
+        # This process's share of the step's rows, packed into sequences that fit in memory.
         for batch in common.micro_batches(train, step, args, run):
-            logps, _ = model(batch)  # (2B,) sums over the completions, chosen and rejected in turn
-            policy = common.as_pairs(logps, batch.lengths)
+            logps, _ = model(batch)  # (R,) log-probs, summed over each response's tokens
+            policy = common.as_pairs(logps, batch.lengths)  # (B,) chosen, (B,) rejected
             ref = common.as_pairs(batch.ref_logps, batch.lengths)  # None without a reference
             losses, chosen_rewards, rejected_rewards = preference_loss(policy, ref, args)
-            # The mean over the step's pairs. FSDP divides gradients by world_size, so we multiply.
+            # The mean over the step's rows. FSDP divides gradients by world_size, so we multiply.
             loss = losses.sum() * run.world_size / args.batch_size
             loss.backward()
             metrics.add_pairs(batch, logps, losses, chosen_rewards, rejected_rewards)
@@ -147,8 +149,10 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        done = step + 1
-        results = metrics.reduce() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        done = step + 1  # updates
+        # All that follows reports and saves: it changes nothing in the training.
+        results = metrics.reduce()  # means over all processes' rows
+        results |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
         if evaluates and common.due(args.eval_every, done, last_step):
             results |= evaluate(model, held_out, done, args, run)
         run.log(done, results)

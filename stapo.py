@@ -1,7 +1,7 @@
 """StaPO, Stable Preference Optimization via Two-sided Contrastive Learning (anonymous, 2025)
 
-https://openreview.net/forum?id=ke1f4IVR47, not published otherwise. spo.py is another method of
-like name.
+https://openreview.net/forum?id=ke1f4IVR47, not published otherwise. spo.py is another method with a
+similar name.
 
     Z    = log pi(y_w|x) / |y_w| - log pi(y_l|x) / |y_l|                          (--contrast simpo)
     Z    = log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x)                    (--contrast dpo)
@@ -18,11 +18,11 @@ see a shift that both log-probs share. With --margin_right inf it is its first t
 no minimum: SimPO with gamma = beta m_l, that is alphapo.py at alpha 0.
 
 Departures from the paper: the loss is its Eq. 7; its Eq. 4 and 5 leave beta out before the margin,
-and Eq. 8 lacks the factor 1 / |y_w| for `simpo`. It speaks of a range in which Z is free, and takes
-Z = 0.63 for converged at the margins above; the minimum is one point, 0.7, and flat only for large
-beta (m_r - m_l). It gives no beta: 2.5 is SimPO's for Llama-3-8B-Instruct. For `dpo`, its Table 1
-has Z without a reference and section 4.3 speaks of one, as here; margins for it, --beta 0.1
---margin_left 15 --margin_right 20, are ours.
+and Eq. 8 lacks the factor 1 / |y_w| for `simpo`. It speaks of a flexible range for Z and reports
+0.63 with margins 0.6 and 0.8; the minimum is the single point 0.7, and the loss is nearly flat
+around it only for large beta (m_r - m_l). It states no beta: 2.5 is SimPO's for
+Llama-3-8B-Instruct. For `dpo`, its Table 1 has Z without a reference and section 4.3 speaks of one,
+as here; margins for it, --beta 0.1 --margin_left 15 --margin_right 20, are ours.
 
     python stapo.py --model MODEL_FOLDER --dataset DATA_FOLDER --max_steps 100
     torchrun --nproc_per_node 8 stapo.py --margin_left 0.6 --margin_right 0.8
@@ -82,16 +82,14 @@ def uses_reference(args):
 
 def preference_loss(policy, ref, args):
     """policy, ref: common.PairLogps, sums in nats. Returns losses, chosen_rewards,
-    rejected_rewards: (B,). The rewards are beta times the two parts of Z, detached."""
+    rejected_rewards: (B,). Z = chosen - rejected; the rewards are beta times these, detached."""
+    chosen, rejected = policy.chosen, policy.rejected  # (B,)
     if args.contrast == "simpo":
-        chosen = policy.chosen / policy.chosen_lengths  # (B,), nats a token
-        rejected = policy.rejected / policy.rejected_lengths
+        chosen, rejected = chosen / policy.chosen_lengths, rejected / policy.rejected_lengths
     else:
-        chosen = policy.chosen - ref.chosen  # (B,), nats
-        rejected = policy.rejected - ref.rejected
-    z = chosen - rejected
-    losses = -F.logsigmoid(args.beta * (z - args.margin_left))
-    losses = losses - F.logsigmoid(args.beta * (args.margin_right - z))
+        chosen, rejected = chosen - ref.chosen, rejected - ref.rejected
+    losses = -F.logsigmoid(args.beta * (chosen - rejected - args.margin_left))
+    losses = losses - F.logsigmoid(args.beta * (args.margin_right - (chosen - rejected)))
     return losses, args.beta * chosen.detach(), args.beta * rejected.detach()
 
 
@@ -103,8 +101,8 @@ def evaluate(model, held_out, step, args, run):
         if step == 0 and uses_reference(args):  # the policy still is the reference
             logps, entropies = batch.ref_logps, batch.ref_entropies
         else:
-            logps, entropies = model(batch, entropy=True)  # (2B,), chosen and rejected in turn
-        policy = common.as_pairs(logps, batch.lengths)
+            logps, entropies = model(batch, entropy=True)  # (R,) sums over each response's tokens
+        policy = common.as_pairs(logps, batch.lengths)  # (B,) chosen, (B,) rejected
         ref = common.as_pairs(batch.ref_logps, batch.lengths)
         losses, chosen_rewards, rejected_rewards = preference_loss(policy, ref, args)
         metrics.add_pairs(batch, logps, losses, chosen_rewards, rejected_rewards, entropies)
@@ -116,29 +114,31 @@ def main(args):
     run = common.start(args)
     tokenizer = common.load_tokenizer(args.model)
     train, held_out = common.load_pairs(args, tokenizer)
+    last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
+    common.exit_if_finished(last_step, args, run)  # under --resume, nothing may be left to do
     model = common.load_model(args, run)  # float32 weights, sharded over the processes
     if uses_reference(args):
         # The log-probs of the policy before its first step, so there is no second model in memory.
         common.add_reference(model, train, held_out, args, run)
+    # Weights and moments are float32: at these rates bfloat16 would round every update away.
     adamw = dict(lr=args.learning_rate, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **adamw)
     common.init_adamw(optimizer)
-    last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
     first_step = common.load_checkpoint(model, optimizer, train, last_step, args, run)  # or 0
     common.begin_output(first_step, args, run)
 
     evaluates = held_out is not None and args.eval_every > 0
-    if evaluates and first_step == 0:  # where the curves begin
-        run.log(0, evaluate(model, held_out, 0, args, run))
+    if evaluates and first_step == 0:
+        run.log(0, evaluate(model, held_out, 0, args, run))  # where the curves begin
     for step in run.progress(first_step, last_step):
         metrics = common.Metrics(model, run)
-        # This process's share of the step's pairs, packed into sequences that fit in memory.
+        # This process's share of the step's rows, packed into sequences that fit in memory.
         for batch in common.micro_batches(train, step, args, run):
-            logps, _ = model(batch)  # (2B,) sums over the completions, chosen and rejected in turn
-            policy = common.as_pairs(logps, batch.lengths)
+            logps, _ = model(batch)  # (R,) log-probs, summed over each response's tokens
+            policy = common.as_pairs(logps, batch.lengths)  # (B,) chosen, (B,) rejected
             ref = common.as_pairs(batch.ref_logps, batch.lengths)  # None without a reference
             losses, chosen_rewards, rejected_rewards = preference_loss(policy, ref, args)
-            # The mean over the step's pairs. FSDP divides gradients by world_size, so we multiply.
+            # The mean over the step's rows. FSDP divides gradients by world_size, so we multiply.
             loss = losses.sum() * run.world_size / args.batch_size
             loss.backward()
             metrics.add_pairs(batch, logps, losses, chosen_rewards, rejected_rewards)
@@ -152,8 +152,10 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        done = step + 1
-        results = metrics.reduce() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        done = step + 1  # updates
+        # All that follows reports and saves: it changes nothing in the training.
+        results = metrics.reduce()  # means over all processes' rows
+        results |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
         if evaluates and common.due(args.eval_every, done, last_step):
             results |= evaluate(model, held_out, done, args, run)
         run.log(done, results)

@@ -3,7 +3,8 @@
     python bench/toy.py                          three seeds of all, to bench/results/toy.json
     python bench/toy.py --seeds 1 --only spo     one seed of the runs with "spo" in their names
 
-A seed rules the order of the rows and the sampling of the answers; all runs start from toy/sft and its pairs.
+A seed rules the order of the rows and the sampling of the answers; all runs start from toy/sft and
+its pairs.
 """
 
 import argparse
@@ -39,7 +40,7 @@ RUNS = {  # name: script, and what differs from recipes/toy.yaml
 
 def call(*words):
     """Runs a Python file of the project on one thread. Raises CalledProcessError where it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # for matrices this small, more threads only wait
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # small matrices: more threads only wait
     how = dict(cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     subprocess.run([sys.executable, *map(str, words)], check=True, **how)
 
@@ -58,9 +59,9 @@ def last_log_ratios(folder):
 
 
 def table(results):
-    """Markdown, a row for each run: means over the seeds, in brackets the lowest and the highest."""
-    lines = ["| | good answers, % | gain, points | distinct, % | entropy, nats | tokens | log-ratios, nats |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    """Markdown, a row for each run: means over the seeds, with the lowest and highest."""
+    columns = "good answers, %|gain, points|distinct, %|entropy, nats|tokens|log-ratios, nats"
+    lines = [f"| | {columns.replace('|', ' | ')} |", "|---" * 7 + "|"]
     for name, seeds in results.items():
 
         def mean(key, factor=1, seeds=seeds):
@@ -69,9 +70,10 @@ def table(results):
         goods = [100 * seed["good"] for seed in seeds]
         ratios = [seed["log_ratios"] for seed in seeds if seed["log_ratios"][0] is not None]
         chosen, rejected = map(statistics.mean, zip(*ratios, strict=True)) if ratios else ("", "")
+        good, gain = mean("good", 100), mean("gain", 100)
         lines.append(
-            f"| {name} | {mean('good', 100):.1f} ± {mean('good_se', 100):.1f}"
-            f" ({min(goods):.1f} to {max(goods):.1f}) | {mean('gain', 100):+.1f} ± {mean('gain_se', 100):.1f}"
+            f"| {name} | {good:.1f} ± {mean('good_se', 100):.1f}"
+            f" ({min(goods):.1f} to {max(goods):.1f}) | {gain:+.1f} ± {mean('gain_se', 100):.1f}"
             f" | {mean('distinct', 100):.0f} | {mean('entropy'):.2f} | {mean('length'):.1f}"
             f" | {f'{chosen:+.1f}, {rejected:+.1f}' if ratios else ''} |"
         )
@@ -85,8 +87,10 @@ def main(args):
         for seed in range(args.seeds):
             folders, seconds = {}, {}
             for name, (script, *options) in chosen.items():
-                folders[name] = args.folder / f"{name.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
-                if not (folders[name] / "config.json").exists():  # else it is there from a stopped bench
+                short = name.replace(", ", "-").replace(" ", "-").lower()
+                folders[name] = args.folder / f"{short}-{seed}"
+                # It exists where an earlier bench was stopped.
+                if not (folders[name] / "config.json").exists():
                     started = time.perf_counter()
                     output = [f"--output_dir={folders[name]}", f"--seed={seed}", "--resume"]
                     call(script, "--config", "recipes/toy.yaml", *options, *output)
@@ -95,13 +99,14 @@ def main(args):
             start, *trained = scores(["toy/sft", *folders.values()], seed, args.folder)
             results["start"].append(start | {"log_ratios": [None, None]})
             for (name, folder), figures in zip(folders.items(), trained, strict=True):
-                more = dict(model=folder.name, log_ratios=last_log_ratios(folder), seconds=seconds.get(name))
-                results[name].append(figures | more)
+                more = dict(model=folder.name, log_ratios=last_log_ratios(folder))
+                results[name].append(figures | more | dict(seconds=seconds.get(name)))
     print(table(results))
     machine = dict(cores=os.cpu_count(), processor=platform.machine(), torch=torch.__version__)
     machine |= dict(transformers=transformers.__version__, commit=commit())
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(dict(command=sys.argv, machine=machine, results=results), indent=2) + "\n")
+    content = dict(command=sys.argv, machine=machine, results=results)
+    args.out.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def commit():
@@ -115,6 +120,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="part of the names of the runs to make")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/bench-toy", help="where the models go")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "runs/bench-toy", help="of the models"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/toy.json")
     main(parser.parse_args())

@@ -1,18 +1,22 @@
 """Keeps the tests' caches away from the user's."""
 
 import os
+import re
 import signal
+import sys
 import tempfile
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is exact on a CPU is what these tests check
+# test_gpu.py sees the GPU where it is asked for alone.
+if set(re.findall(r"\w+\.py", " ".join(sys.argv[1:]))) != {"test_gpu.py"}:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is exact on a CPU is what the others check
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: more threads only wait for one another
 
 import pytest
 import tiny
 import torch
 
-import common
+import curves
 
 # A shell lets its background jobs ignore Ctrl-C, and they pass that on to the runs that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,9 +32,9 @@ def one_world():
 
 @pytest.fixture(autouse=True)
 def no_curves(request, monkeypatch):
-    """They take a second a run; test_newcomers.py, and the runs of processes of their own, draw them."""
-    if request.module.__name__ != "test_newcomers":
-        monkeypatch.setattr(common, "draw_curves", lambda folder: None)
+    """They take seconds a run; test_newcomers.py, and runs in processes of their own, draw them."""
+    if request.module.__name__ not in ("test_newcomers", "test_curves"):
+        monkeypatch.setattr(curves, "draw", lambda folders, path: None)
 
 
 @pytest.fixture(scope="session")

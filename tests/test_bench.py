@@ -1,5 +1,7 @@
-"""The GPU checks, as far as they run without a GPU."""
+"""The measurements on a GPU, as far as they run without one."""
 
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,33 +12,41 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there they take minutes and write their results")
-def test_gpu_checks_run_in_small_on_a_cpu():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it takes minutes and writes results")
+def test_gpu_bench_runs_in_small_on_a_cpu():
     results = set((ROOT / "bench").rglob("*.json"))
-    done = subprocess.run([sys.executable, "bench/gpu.py"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "bench/gpu.py", "--only", "sft", "spo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[0].startswith(
-        "no GPU here: attention, token_logps, step_zero, export, sft"
-    )
-    assert done.stdout.count(": passed\n") == 5
-    assert done.stdout.endswith("5 of 5 checks passed\n")
+    first, sft, spo, last = done.stdout.splitlines()
+    assert first == "no GPU here: sft, spo in small, on the CPU"
+    assert sft.startswith("sft, without checkpointing: {'tokens_per_second': ")
+    assert spo.startswith("spo, without checkpointing: {'tokens_per_second': ")
+    assert last == "0 of 2 failed"
     assert set((ROOT / "bench").rglob("*.json")) == results  # numbers of a CPU are none to keep
 
 
-def test_a_check_that_breaks_is_told_and_stops_no_other(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    import gpu
+def test_a_run_that_fails_is_told_and_stops_no_other(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench/gpu.py")
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
 
-    def broken(work):
-        raise SystemExit("no such thing")
+    def run(script, work, checkpointing):
+        if script == "sft":
+            raise RuntimeError("no such thing")
+        line = dict(tokens_per_second=600.0, loss=1.0)
+        return [line] * gpu.STEPS, "MEMORY 2.5 True"
 
-    monkeypatch.setitem(gpu.CHECKS, "attention", broken)
-    arguments = ["gpu.py", "--only", "attention", "token_logps", "--out", str(tmp_path / "numbers.json")]
-    monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(gpu.datasets.config, "HF_DATASETS_CACHE", "set by main, put back for other tests")
+    monkeypatch.setattr(gpu, "run", run)
+    out = tmp_path / "numbers.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "sft", "spo", "--out", str(out)])
     with pytest.raises(SystemExit) as end:
         gpu.main()
     assert end.value.code == 1
-    printed, numbers = capsys.readouterr().out, (tmp_path / "numbers.json").read_text()
-    assert "attention: FAILED" in printed and "token_logps: passed" in printed and "1 of 2 checks" in printed
-    assert "no such thing" in numbers and '"transformers"' in numbers
+    printed, numbers = capsys.readouterr().out, json.loads(out.read_text())
+    assert "sft, error: Traceback" in printed and printed.endswith("1 of 2 failed\n")
+    assert "no such thing" in numbers["runs"]["sft"]["error"]
+    measured = numbers["runs"]["spo"]["without checkpointing"]
+    assert 4 < measured["tokens_per_second"] / measured["rows_per_second"] < 100
+    assert measured["peak_gb"] == 2.5 and measured["expandable_segments"] is True
+    assert numbers["torch"] == torch.__version__ and numbers["commit"]

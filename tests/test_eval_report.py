@@ -1,4 +1,4 @@
-"""The figures of an evaluation, against hand-made and published ones, and the page that shows them."""
+"""Evaluation: its figures, against hand-made and published ones, and the page that shows them."""
 
 import base64
 import json
@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 import eval_judge
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "judge" / "alpaca_eval1_dpo.json"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+CHROMIUM = next(filter(None, BROWSERS), None)
 
 
 def test_win_rate_and_standard_error_by_hand():
@@ -24,7 +26,7 @@ def test_win_rate_and_standard_error_by_hand():
     assert error == pytest.approx(100 * math.sqrt(11 / 48 / 4), rel=1e-12)
 
 
-@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published verdicts are not in the repository")
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published verdicts are not shipped")
 def test_published_win_rates():
     models = json.loads(PUBLISHED.read_text())["models"]
     checked = 0
@@ -41,9 +43,11 @@ def test_published_win_rates():
 def test_sign_flip_p_by_hand():
     assert eval_judge.sign_flip_p(np.ones(5)) == 2 / 32  # all heads or all tails
     assert eval_judge.sign_flip_p(np.full(9, 0.5)) == 1
-    assert eval_judge.sign_flip_p(np.array([1, 0.75])) == 0.5  # of the sums 3, 1, -1, -3 two are as far out
+    # Of the sums 3, 1, -1, -3 two are as far out.
+    assert eval_judge.sign_flip_p(np.array([1, 0.75])) == 0.5
     assert eval_judge.sign_flip_p(np.array([0, 0.25])) == 0.5
-    assert eval_judge.sign_flip_p(np.array([1, 1, 1, 0])) == 10 / 16  # sums of +-4 twice, +-2 eight times
+    # The sums are +-4 twice, +-2 eight times.
+    assert eval_judge.sign_flip_p(np.array([1, 1, 1, 0])) == 10 / 16
     assert eval_judge.sign_flip_p(np.ones(2000)) < 1e-300
 
 
@@ -53,12 +57,11 @@ def controlled(scores, ours, theirs):
 
 
 def test_length_controlled_by_hand():
-    """With two gaps, +g and -g, two weights fit any two mean scores p and q of theirs: w_0 is the mean of the
-    logits of p and q, whatever g is and however many prompts have it."""
+    """With two gaps, +g and -g, two weights fit any two mean scores p and q of theirs: w_0 is the
+    mean of the logits of p and q, whatever g is and however many prompts have it."""
     # p = 2/3 and q = 1/3: logits log 2 and -log 2.
-    assert controlled([1, 1, 0, 0, 0, 1], [9, 9, 9, 1, 1, 1], [1, 1, 1, 9, 9, 9]) == pytest.approx(
-        50, abs=0.01
-    )
+    rate = controlled([1, 1, 0, 0, 0, 1], [9, 9, 9, 1, 1, 1], [1, 1, 1, 9, 9, 9])
+    assert rate == pytest.approx(50, abs=0.01)
     # p = 3/4 where longer, q = 1/2 where shorter: w_0 is log(3) / 2, the raw rate 5/8.
     scores, ours, theirs = [1, 1, 1, 0, 1, 1, 0, 0], [9] * 4 + [1] * 4, [1] * 4 + [9] * 4
     assert controlled(scores, ours, theirs) == pytest.approx(100 / (1 + 3**-0.5), abs=0.05)
@@ -74,10 +77,9 @@ def test_length_controlled_recovers_the_weights_that_made_the_scores():
     ours, theirs = generator.integers(1, 2000, (2, 400))
     t = np.tanh((theirs - ours) / (theirs - ours).std(ddof=1))
     scores = 1 / (1 + np.exp(-(-1.3 * t + 0.4)))
-    assert controlled(scores, ours, theirs) == pytest.approx(100 / (1 + math.exp(-0.4)), abs=0.01)
-    assert controlled(1 - scores, theirs, ours) == pytest.approx(
-        100 - controlled(scores, ours, theirs), abs=1e-6
-    )
+    rate = controlled(scores, ours, theirs)
+    assert rate == pytest.approx(100 / (1 + math.exp(-0.4)), abs=0.01)
+    assert controlled(1 - scores, theirs, ours) == pytest.approx(100 - rate, abs=1e-6)
     counts = generator.multinomial(400, np.full(400, 1 / 400), size=3)
     again = eval_judge.length_controlled(scores, ours, theirs, counts)
     repeated = [np.repeat(values, counts[1]) for values in (scores, ours, theirs)]
@@ -90,24 +92,26 @@ def lines(*texts):
 
 
 def test_a_cell_by_hand():
-    """Six prompts: won twice, won and tied, first place won twice, identical, one missing, lost twice."""
+    """Six prompts: won twice, won and tied, the first wins twice, identical, one missing, lost."""
     found = [["a", "b"], ["a", "tie"], ["a", "a"], [], ["a", None], ["b", "a"]]
     cell = eval_judge.compare(found, lines(*"abcdef"), lines(*"ghijkl"), seed=0)
-    assert cell["n"] == 5 and cell["win_rate"] == pytest.approx(100 * (1 + 0.75 + 0.5 + 0.5 + 0) / 5)
+    assert cell["n"] == 5
+    assert cell["win_rate"] == pytest.approx(100 * (1 + 0.75 + 0.5 + 0.5 + 0) / 5)
     assert (cell["missing"], cell["identical"]) == (1, 1)
     assert cell["ties_percent"] == pytest.approx(100 / 9)
     assert cell["flips_percent"] == pytest.approx(50)
     assert cell["first_percent"] == pytest.approx(100 * 6 / 8)
-    mirrored = [[None if x is None else {"a": "a", "b": "b"}.get(x, x) for x in both[::-1]] for both in found]
+    mirrored = [both[::-1] for both in found]
     other = eval_judge.compare(mirrored, lines(*"ghijkl"), lines(*"abcdef"), seed=0)
     assert cell["win_rate"] + other["win_rate"] == pytest.approx(100, abs=1e-9)
     assert (cell["low"] + other["high"], cell["high"] + other["low"]) == pytest.approx((100, 100))
     assert cell["length_controlled"] + other["length_controlled"] == pytest.approx(100)
-    assert cell["p"] == other["p"] and cell["standard_error"] == pytest.approx(other["standard_error"])
+    assert cell["p"] == other["p"]
+    assert cell["standard_error"] == pytest.approx(other["standard_error"])
 
 
 def test_the_bootstrap_interval_is_that_of_a_binomial():
-    """70 prompts of 100 won: the bootstrap draws Binomial(100, 0.7), 2.5 % of it below 61 and above 79."""
+    """70 prompts of 100 won: the draws are Binomial(100, 0.7), 2.5 % below 61 and above 79."""
     found = [["a", "b"]] * 70 + [["b", "a"]] * 30
     cell = eval_judge.compare(found, lines(*"x" * 100), lines(*"y" * 100), seed=0)
     assert (cell["low"], cell["high"]) == pytest.approx((61, 79), abs=1)
@@ -115,15 +119,15 @@ def test_the_bootstrap_interval_is_that_of_a_binomial():
 
 def test_what_responses_are_like():
     row = dict(tokens=4, entropy=2.0, cut=False)
-    found = eval_judge.describe(
-        [row | {"response": "a b a b"}, row | {"response": " "} | dict(tokens=1, cut=True)]
-    )
+    short = dict(response=" ", tokens=1, entropy=2.0, cut=True)
+    found = eval_judge.describe([row | {"response": "a b a b"}, short])
     assert found["tokens"] == 2.5 and found["characters"] == 4 and found["entropy"] == 4 / 5
     assert found["cut_percent"] == found["empty_percent"] == 50
     assert found["distinct_1"] == 2 / 4 and found["distinct_2"] == 2 / 3  # ab ba ab
 
 
-MARKUP = """<script>document.title = "broken"</script></script><img src=x onerror="document.title='broken'">
+MARKUP = """<script>document.title = "broken"</script></script>
+<img src=x onerror="document.title='broken'">
 <!-- <style>* { display: none }</style> {{data}} {{script}} \u2028 &lt;b&gt; output [[A]]"""
 PROBE = """<script>window.addEventListener("load", () => {
   const at = id => document.getElementById(id);
@@ -152,25 +156,26 @@ PROBE = """<script>window.addEventListener("load", () => {
 
 
 def page_of_known_verdicts(tmp_path):
-    """Six prompts: won, with markup in it, lost, tied, with orders that disagree, identical, missing."""
+    """Six prompts: won, with markup in it, lost, tied, orders that disagree, identical, missing."""
     (tmp_path / "rule.py").write_text("def judge(prompt, a, b): ...")
     names = ["one=models/one", "two=models/two"]
     args = eval_judge.Args(models=names, judge=f"{tmp_path}/rule.py", output_dir=str(tmp_path))
-    prompts = [f"prompt {place}" for place in range(6)]
-    responses = {
-        name: [dict(response=f"{name} {place}", tokens=3, cut=False, entropy=1.0) for place in range(6)]
-        for name in ("one", "two")
-    }
-    responses["one"][0]["response"], prompts[0] = MARKUP, MARKUP
+    texts = [MARKUP, *(f"prompt {place}" for place in range(1, 6))]
+    prompts = [[tiny.turn("user", text)] for text in texts]
+    line, responses = dict(tokens=3, cut=False, entropy=1.0), {}
+    for name in ("one", "two"):
+        responses[name] = [line | {"response": f"{name} {place}"} for place in range(6)]
+    responses["one"][0]["response"] = MARKUP
     responses["one"][4] = responses["two"][4]
     judge = eval_judge.RuleJudge(args)
     cells, asks = eval_judge.list_asks(judge, prompts, responses)
     given = [("a", "b"), ("b", "a"), ("tie", "tie"), ("a", "a"), (), ("a", None)]
     verdicts = {}
     for keys, both in zip(cells["one", "two"], given, strict=True):
-        verdicts |= {key: {"verdict": verdict} for key, verdict in zip(keys, both, strict=True) if verdict}
+        pairs = zip(keys, both, strict=True)
+        verdicts |= {key: {"verdict": verdict} for key, verdict in pairs if verdict}
     report = eval_judge.make_report(judge, cells, verdicts, responses, args)
-    eval_judge.write_files(report, prompts, responses, args)
+    eval_judge.write_report(report, prompts, responses, args)
     return report, tmp_path / "report.html"
 
 
@@ -181,13 +186,14 @@ def test_the_page_holds_texts_as_data_alone(tmp_path):
     assert "<" not in data and json.loads(data)["responses"]["one"][0] == MARKUP
     assert page.count("<script") == 2 and "{{data}}" not in page.replace(data, "")
     assert "http://" not in page and "https://" not in page.replace("'sha256", "")
-    assert re.search(r"default-src 'none'.*style-src 'sha256-[^']{44}'; script-src 'sha256-[^']{44}'", page)
+    policy = r"default-src 'none'.*style-src 'sha256-[^']{44}'; script-src 'sha256-[^']{44}'"
+    assert re.search(policy, page)
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
 def test_the_page_in_a_browser(tmp_path):
-    """As written, the page shows articles, so its policy lets its own script run. With a probe let in, its
-    filters do what they say, and the markup in the responses is text."""
+    """As written, the page shows articles, so its policy lets its own script run. With a probe let
+    in, its filters do what they say, and the markup in the responses is text."""
     report, path = page_of_known_verdicts(tmp_path)
     as_written = in_browser(path, tmp_path)
     assert "<article>" in as_written and "broken</title>" not in as_written
@@ -209,18 +215,17 @@ def test_the_page_in_a_browser(tmp_path):
     assert out["searched"] == [MARKUP, "two 0", MARKUP]
     assert out["badges"] == ["two first: one wins", "one first: one wins"]
     cell, other = report["matrix"]["one"]["two"], report["matrix"]["two"]["one"]
-    assert [text.split(" ")[0] for text in out["cells"]] == [f"{x['win_rate']:.1f}" for x in (cell, other)]
+    rates = [f"{x['win_rate']:.1f}" for x in (cell, other)]
+    assert [text.split(" ")[0] for text in out["cells"]] == rates
     assert out["controlled"][0].startswith(f"{cell['length_controlled']:.1f}")
 
 
 def in_browser(path, tmp_path):
     """The page's document after its scripts have run."""
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    )
-    flags += " --disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom"
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    flags += " --disable-background-networking --disable-component-update --dump-dom"
+    flags += " --virtual-time-budget=5000"
     profile = f"--user-data-dir={tmp_path}/profile-{path.stem}"
-    done = subprocess.run(
-        [CHROMIUM, *flags.split(), profile, f"file://{path}"], capture_output=True, text=True, timeout=60
-    )
+    command = [CHROMIUM, *flags.split(), profile, f"file://{path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.stdout

@@ -1,4 +1,4 @@
-"""The recipes hold what the papers say: the tables here were typed from the papers, apart from the recipes.
+"""The recipes against the papers: the tables here were typed from the papers, not from the recipes.
 Each section is read by its own script's parser."""
 
 import importlib
@@ -12,18 +12,20 @@ import yaml
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path.stem != "toy"}
+FILES = {
+    path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path.stem != "toy"
+}
 RECIPES = {stem: yaml.safe_load(path.read_text()) for stem, path in FILES.items()}
 SECTIONS = {
     stem: [key for key, value in recipe.items() if isinstance(value, dict)]
     for stem, recipe in RECIPES.items()
 }
 SETTING = re.compile(r"^ *(\w+): ([^#]+?)(?:  # (.+))?$")
-# The paper, its arXiv number with version or its OpenReview id, and the place; or "ours:" and the reason.
+# A source is a paper with its arXiv or OpenReview id and the place, or "ours:" with the reason.
 PAPERS = r"(SPO 1NIyjrtxJU|StaPO ke1f4IVR47|AlphaPO 2501\.03884v4)"
 SOURCE = re.compile(PAPERS + r", (Section \d|Table \d|Eq\. \d|A\.\d)|ours: .{10}")
 
-# AlphaPO, Table 3: alpha, beta, gamma/beta, learning rate; models by Table 4, rankers by Section 4.1.
+# AlphaPO, Table 3: alpha, beta, gamma/beta, learning rate. Models: Table 4, rankers: Section 4.1.
 ALPHAPO = """
     DPO      mistral-instruct        -     0.01  -     5e-7
     DPO      llama3-instruct         -     0.01  -     7e-7
@@ -45,8 +47,8 @@ ALPHAPO_MODELS = {
     "llama3-instruct-armorm": (LLAMA, "princeton-nlp/llama3-ultrafeedback-armorm"),
     "gemma2-instruct": ("google/gemma-2-9b-it", "princeton-nlp/gemma2-ultrafeedback-armorm"),
 }
-# What stands in where StaPO is silent, from SimPO's README: beta, gamma/beta and learning rate of SimPO, beta
-# and learning rate of DPO. Then the model of Section 4; the Base ones have an SFT of their own.
+# Where StaPO states nothing, the numbers of SimPO's README: beta, gamma/beta and learning rate of
+# SimPO, beta and learning rate of DPO. Then the start model; for the Base ones it is an SFT run.
 STAPO = {
     "mistral-base": ((2.0, 0.8, 3e-7), (0.01, 5e-7), None),
     "mistral-instruct": ((2.5, 0.1, 5e-7), (0.01, 5e-7), MISTRAL),
@@ -69,7 +71,8 @@ def parse(monkeypatch):
 
     def parse(stem, script, *arguments):
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr("sys.argv", [f"{script}.py", "--config", f"recipes/{stem}.yaml", *arguments])
+        arguments = ["--config", f"recipes/{stem}.yaml", *arguments]
+        monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments])
         return common.parse_args(importlib.import_module(script).Args)
 
     return parse
@@ -85,11 +88,14 @@ def has(args, **expected):
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize(("stem", "script"), [(stem, name) for stem in FILES for name in SECTIONS[stem]])
+@pytest.mark.parametrize(
+    ("stem", "script"), [(stem, name) for stem in FILES for name in SECTIONS[stem]]
+)
 def test_a_section_is_read_by_its_script(parse, stem, script):
     args = parse(stem, script)
     assert SPLITS[args.dataset] == (args.train_split, args.eval_split)
-    assert all(hasattr(args, key) for key in RECIPES[stem].keys() - set(SECTIONS[stem]))  # none is idle
+    shared = RECIPES[stem].keys() - set(SECTIONS[stem])
+    assert all(hasattr(args, key) for key in shared)
 
 
 @pytest.mark.parametrize("row", ALPHAPO.strip().splitlines())
@@ -99,7 +105,8 @@ def test_alphapo_table_3(parse, row):
     args = parse(f"alphapo-{key}-{method.lower()}", script)
     model, dataset = ALPHAPO_MODELS[key]
     has(args, model=model, dataset=dataset, beta=float(beta), learning_rate=float(learning_rate))
-    has(args, batch_size=128, max_length=2048, warmup_ratio=0.1, num_train_epochs=1, max_steps=0)  # A.6
+    has(args, batch_size=128, max_length=2048, warmup_ratio=0.1)  # A.6, as the next line
+    has(args, num_train_epochs=1, max_steps=0)
     if method == "DPO":
         has(args, label_smoothing=0.0)
     else:  # SimPO is the limit of alpha 0
@@ -115,9 +122,11 @@ def test_stapo(parse, key):
     for script in ("stapo", "dpo", "alphapo"):
         has(parse(stem, script), model=model, num_train_epochs=5, batch_size=128, warmup_ratio=0.1)
     stapo = parse(stem, "stapo")
-    has(stapo, contrast="simpo", margin_left=0.6, margin_right=0.8, beta=beta, learning_rate=learning_rate)
+    has(stapo, contrast="simpo", margin_left=0.6, margin_right=0.8)
     simpo = parse(stem, "alphapo")
-    has(simpo, alpha=0.0, beta=beta, gamma_beta_ratio=ratio, learning_rate=learning_rate, use_reference=False)
+    has(simpo, alpha=0.0, gamma_beta_ratio=ratio, use_reference=False)
+    for args in (stapo, simpo):
+        has(args, beta=beta, learning_rate=learning_rate)
     has(parse(stem, "dpo"), beta=dpo_beta, learning_rate=dpo_learning_rate, label_smoothing=0.0)
     if "base" in key:
         sft = parse(stem, "sft")
@@ -140,14 +149,16 @@ def test_stapo(parse, key):
     ],
 )
 def test_spo(parse, stem, model):
-    sft, spo, dpo, ipo, kto = (parse(stem, script) for script in ("sft", "spo", "dpo", "ipo", "kto"))
+    scripts = "sft", "spo", "dpo", "ipo", "kto"
+    sft, spo, dpo, ipo, kto = (parse(stem, script) for script in scripts)
     has(sft, model=model, dataset="HuggingFaceH4/ultrachat_200k", learning_rate=2e-5)
     for args in (spo, dpo, ipo, kto):  # "start from the same SFT checkpoint" (Section 5.1)
-        has(args, model=sft.output_dir, dataset="HuggingFaceH4/ultrafeedback_binarized", learning_rate=5e-7)
-        has(args, num_train_epochs=1, max_length=2048, warmup_ratio=0.1)
+        has(args, model=sft.output_dir, dataset="HuggingFaceH4/ultrafeedback_binarized")
+        has(args, learning_rate=5e-7, num_train_epochs=1, max_length=2048, warmup_ratio=0.1)
     has(dpo, label_smoothing=0.1, beta=spo.beta)  # Section 5.1; beta is not given
     has(kto, beta=spo.beta)
-    assert not ipo.length_normalize and 1 / (2 * ipo.beta) == 1 / spo.beta  # "optimal solutions coincide"
+    assert 1 / (2 * ipo.beta) == 1 / spo.beta  # "optimal solutions coincide" (Section 5.1)
+    assert not ipo.length_normalize
     assert 0 < spo.beta <= spo.alpha  # else the minimum makes the chosen answer less likely
     assert kto.batch_size == 2 * spo.batch_size and kto.desirable_weight == kto.undesirable_weight
 
@@ -160,11 +171,14 @@ def test_every_number_has_its_source(stem):
             key, value, comment = setting.groups()
             seen += 1
             number = value[0] in "-.0123456789"
-            assert not (number and isinstance(yaml.safe_load(value), str)), f"{line}: 5e-7 is text to YAML"
+            text = isinstance(yaml.safe_load(value), str)
+            assert not (number and text), f"{line}: 5e-7 is text to YAML"
             if number or key in ("model", "dataset"):
                 assert SOURCE.match(comment or ""), line
     recipe = RECIPES[stem]  # a key that stands twice would be lost in it
-    assert seen == sum(len(recipe[name]) for name in SECTIONS[stem]) + len(recipe) - len(SECTIONS[stem])
+    assert seen == sum(len(recipe[name]) for name in SECTIONS[stem]) + len(recipe) - len(
+        SECTIONS[stem]
+    )
 
 
 @pytest.mark.parametrize("stem", FILES)
@@ -196,7 +210,9 @@ def test_the_table_lists_every_recipe_and_what_is_ours():
     assert [stem for stem, _ in rows] == list(FILES)
     for stem, rest in rows:
         settings = filter(None, map(SETTING.match, FILES[stem].read_text().splitlines()))
-        ours = {key for key, _, comment in map(re.Match.groups, settings) if "ours:" in (comment or "")}
+        ours = {
+            key for key, _, comment in map(re.Match.groups, settings) if "ours:" in (comment or "")
+        }
         *_, scripts, keys = rest.split("|")
         assert scripts.replace(",", "").split() == SECTIONS[stem]
         assert set(re.findall(r"\w+", keys)) == ours, stem

@@ -1,12 +1,10 @@
 """Runs from end to end, stopped runs and errors of use: real files, real processes."""
 
 import contextlib
-import json
 import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,11 +12,13 @@ import pytest
 import tiny
 import torch
 import yaml
+from launch import ROOT, command, metrics, refused, run, settings
 from safetensors.torch import load_file, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alphapo
 import common
+import data
 import dpo
 import ipo
 import kto
@@ -26,40 +26,14 @@ import sft
 import spo
 import stapo
 
-ROOT = Path(__file__).resolve().parent.parent
 REAL_ROWS = ROOT.parent / "shared" / "data"
-
-
-def settings(world, out, **others):
-    shared = dict(model=f"{world}/llama", dataset=f"{world}/data", output_dir=str(out), batch_size=32)
-    return shared | dict(tokens_per_micro_batch=600, learning_rate=1e-3, save_every=1, eval_every=0) | others
-
-
-def metrics(folder):
-    """The lines of metrics.jsonl, which JSON's own rules allow no NaN."""
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
-
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse) for line in lines]
-
-
-def command(script, options, processes=0):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, *(torchrun if processes else []), str(ROOT / script), *flags]
-
-
-def run(script, options, processes=0, **kwargs):
-    return subprocess.run(command(script, options, processes), capture_output=True, text=True, **kwargs)
 
 
 class Stopped(Exception):
     pass
 
 
-def stop_behind(step, monkeypatch):
+def stop_after(step, monkeypatch):
     """Lets a run end as if it were killed, after `step` updates and their checkpoint."""
     save = common.save_checkpoint
 
@@ -79,24 +53,30 @@ def uninterrupted(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", range(1, 10))
-def test_a_resumed_run_ends_with_the_same_bits(world, uninterrupted, tmp_path, monkeypatch, capsys, step):
+def test_a_resumed_run_ends_with_the_same_bits(
+    world, uninterrupted, tmp_path, monkeypatch, capsys, step
+):
     args = settings(world, tmp_path / "stopped")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_behind(step, patch)
+        stop_after(step, patch)
         spo.main(spo.Args(**args))
     torch.distributed.destroy_process_group()
-    with open(tmp_path / "stopped/metrics.jsonl", "a") as file:  # behind the checkpoint, and cut off
+    with open(tmp_path / "stopped/metrics.jsonl", "a") as file:  # after the checkpoint, and cut off
         file.write('{"step": 99, "loss": 0}\n{"step": 99, "lo')
-    steps, rows_of_step = [], common.rows_of_step
+    steps, rows_of_step = [], data.rows_of_step
     monkeypatch.setattr(
-        common, "rows_of_step", lambda train, s, a: steps.append(s) or rows_of_step(train, s, a)
+        data, "rows_of_step", lambda train, s, a: steps.append(s) or rows_of_step(train, s, a)
     )
     spo.main(spo.Args(**args, resume=True))
     assert steps == list(range(step, 10))
-    printed = capsys.readouterr().out.split(f"resumed behind step {step}")[0].splitlines()
+    printed = capsys.readouterr().out.split(f"resumed after step {step}")[0].splitlines()
     assert any("rows read from" in line for line in printed[-8:])
-    whole, resumed = (load_file(out / "model.safetensors") for out in (uninterrupted, tmp_path / "stopped"))
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    whole, resumed = (
+        load_file(out / "model.safetensors") for out in (uninterrupted, tmp_path / "stopped")
+    )
+    assert whole.keys() == resumed.keys() and all(
+        torch.equal(whole[name], resumed[name]) for name in whole
+    )
     lines = [[{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics(out)]
              for out in (uninterrupted, tmp_path / "stopped")]  # fmt: skip
     assert lines[0] == lines[1]
@@ -106,20 +86,22 @@ def test_a_lost_reference_is_computed_again_from_the_start_weights(
     world, uninterrupted, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_behind(6, patch)
+        stop_after(6, patch)
         spo.main(spo.Args(**settings(world, tmp_path / "stopped")))
     torch.distributed.destroy_process_group()
     for file in (tmp_path / "reference").iterdir():
         file.unlink()
     spo.main(spo.Args(**settings(world, tmp_path / "stopped", resume=True)))
-    whole, resumed = (load_file(out / "model.safetensors") for out in (uninterrupted, tmp_path / "stopped"))
+    whole, resumed = (
+        load_file(out / "model.safetensors") for out in (uninterrupted, tmp_path / "stopped")
+    )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_a_damaged_checkpoint_is_passed_over(world, tmp_path, monkeypatch, capsys):
     args = settings(world, tmp_path / "stopped", keep_checkpoints=2)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_behind(3, patch)
+        stop_after(3, patch)
         dpo.main(dpo.Args(**args))
     torch.distributed.destroy_process_group()
     newest = tmp_path / "stopped/checkpoints/step-000003"
@@ -127,7 +109,7 @@ def test_a_damaged_checkpoint_is_passed_over(world, tmp_path, monkeypatch, capsy
     shard = next(newest.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-7])
     dpo.main(dpo.Args(**args, resume=True, max_steps=4))
-    assert "resumed behind step 2" in capsys.readouterr().out
+    assert "resumed after step 2" in capsys.readouterr().out
     assert [line["step"] for line in metrics(tmp_path / "stopped")] == [1, 2, 3, 4]
 
 
@@ -139,8 +121,38 @@ def test_more_epochs_go_on_with_the_schedule_of_the_new_total(world, tmp_path):
     sft.main(sft.Args(**sft_args, num_train_epochs=3, resume=True))
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    # 6 steps, ceil(0.1 x 6) = 1 of warm-up: step 2 of 0..5 is a fifth of the way down the half cosine
+    # 6 steps, ceil(0.1 x 6) = 1 of warm-up: step 2 of 0..5 is a fifth of the way down
     assert lines[2]["learning_rate"] == pytest.approx(0.5 * (1 + math.cos(math.pi / 5)))
+
+
+def test_a_run_is_evaluated_before_its_first_step(world, tmp_path, monkeypatch):
+    """The policy still is the reference: its held-out values are taken from there. Computing them, as
+    a method without a reference does, gives the same."""
+    forward, computed = common.LogprobModel.forward, []
+
+    def count(model, batch, entropy=False):
+        computed.append(entropy)
+        return forward(model, batch, entropy)
+
+    monkeypatch.setattr(common.LogprobModel, "forward", count)
+    tables, lines, passes = {}, {}, {}
+    for script, others in ((ipo, {}), (alphapo, dict(alpha=0.0))):
+        out = tmp_path / script.__name__
+        computed.clear()
+        script.main(script.Args(**settings(world, out, eval_every=1, max_steps=1, **others)))
+        tables[script] = load_file(out / "eval/step-000000.safetensors")
+        lines[script], passes[script] = metrics(out)[0], sum(computed)
+    assert lines[ipo]["step"] == lines[alphapo]["step"] == 0
+    assert lines[ipo]["eval/loss"] == pytest.approx(100.0)  # (1 / (2 beta))^2 at beta 0.05
+    assert lines[ipo]["eval/logratios/chosen"] == lines[ipo]["eval/rewards/margins"] == 0
+    assert passes[ipo] == passes[alphapo]  # step 0: of the reference pass or its own; and step 1
+    for name in ("policy", "entropy", "lengths"):
+        torch.testing.assert_close(tables[ipo][name], tables[alphapo][name], atol=1e-5, rtol=0)
+    assert torch.equal(tables[ipo]["policy"], tables[ipo]["reference"])
+    for name in ("eval/entropy", "eval/logps/chosen", "eval/logps/rejected_mean"):
+        assert lines[ipo][name] == pytest.approx(lines[alphapo][name], abs=1e-5)
+    assert "eval/tokens_per_second" not in lines[ipo]  # nothing was computed
+    assert lines[alphapo]["eval/tokens_per_second"] > 0
 
 
 def kill_all(word):
@@ -174,14 +186,27 @@ USES = [(0, script) for script in SCRIPTS] + [(2, script) for script in (dpo, kt
 
 @pytest.mark.parametrize("processes, script", USES, ids=lambda use: getattr(use, "__name__", use))
 def test_every_script_runs_as_a_user_runs_it(world, tmp_path, script, processes):
-    options = settings(world, tmp_path / "out", max_steps=4, eval_every=2, save_every=2, export_every=2)
+    options = settings(
+        world, tmp_path / "out", max_steps=4, eval_every=2, save_every=2, export_every=2
+    )
     done = run(f"{script.__name__}.py", options, processes)
     assert done.returncode == 0, done.stderr[-2000:]
     out = tmp_path / "out"
     lines = metrics(out)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert ["eval/entropy" in line for line in lines] == [False, True, False, True]
-    kept = ["README.md", "checkpoints", "config.json", "config.yaml", "eval", "metrics.jsonl", "models"]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert ["eval/entropy" in line for line in lines] == [True, False, True, False, True]
+    assert ["loss" in line for line in lines] == [False, True, True, True, True]
+    evaluations = sorted(path.name for path in (out / "eval").iterdir())
+    assert evaluations == [f"step-{step:06d}.safetensors" for step in (0, 2, 4)]
+    kept = [
+        "README.md",
+        "checkpoints",
+        "config.json",
+        "config.yaml",
+        "eval",
+        "metrics.jsonl",
+        "models",
+    ]
     assert set(kept) <= {path.name for path in out.iterdir()} and not (out / ".export").exists()
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000004"]
     final, snapshot = (
@@ -206,9 +231,15 @@ def test_every_script_runs_as_a_user_runs_it(world, tmp_path, script, processes)
 
 
 def test_training_does_what_the_loss_asks_for(world, tmp_path):
-    """SPO draws the log-ratios towards r_w = 1/beta - 1/alpha and r_l = -1/alpha, here +1 and -1 nats."""
+    """SPO pulls r_w to 1/beta - 1/alpha and r_l to -1/alpha, here +1 and -1 nats."""
     args = settings(
-        world, tmp_path / "spo", beta=0.5, alpha=1.0, num_train_epochs=20, learning_rate=3e-3, save_every=0
+        world,
+        tmp_path / "spo",
+        beta=0.5,
+        alpha=1.0,
+        num_train_epochs=20,
+        learning_rate=3e-3,
+        save_every=0,
     )
     spo.main(spo.Args(**args))
     last = metrics(tmp_path / "spo")[-1]
@@ -221,7 +252,9 @@ def test_training_does_what_the_loss_asks_for(world, tmp_path):
 def test_stapo_draws_z_between_its_margins(world, tmp_path):
     """Z, the difference of the mean log-probs, to the midpoint of 0.6 and 0.8 nats a token."""
     tiny.pairs(tmp_path / "rows.jsonl", 40, seed=8)
-    rows = dict(dataset=str(tmp_path / "rows.jsonl"), batch_size=20, num_train_epochs=60, save_every=0)
+    rows = dict(
+        dataset=str(tmp_path / "rows.jsonl"), batch_size=20, num_train_epochs=60, save_every=0
+    )
     stapo.main(stapo.Args(**settings(world, tmp_path / "run", **rows | dict(learning_rate=3e-3))))
     first, *_, last = metrics(tmp_path / "run")
     z = [line["logps/chosen_mean"] - line["logps/rejected_mean"] for line in (first, last)]
@@ -232,7 +265,9 @@ def test_stapo_draws_z_between_its_margins(world, tmp_path):
 
 def test_stapo_with_one_margin_trains_as_simpo_does(world, tmp_path):
     """Two scripts, one loss: and `inf` gets through the command line, config.yaml and --resume."""
-    options = settings(world, tmp_path / "stapo", max_steps=2) | dict(margin_left=0.4, margin_right="inf")
+    options = settings(world, tmp_path / "stapo", max_steps=2) | dict(
+        margin_left=0.4, margin_right="inf"
+    )
     assert run("stapo.py", options).returncode == 0
     done = run("stapo.py", dict(config=tmp_path / "stapo/config.yaml", resume=True, max_steps=4))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -241,7 +276,9 @@ def test_stapo_with_one_margin_trains_as_simpo_does(world, tmp_path):
     lines = [metrics(tmp_path / name) for name in ("stapo", "simpo")]
     assert len(lines[0]) == len(lines[1]) == 4
     assert lines[1][2]["loss"] != lines[1][0]["loss"]
-    for one, other in zip(lines[0][:3], lines[1][:3], strict=True):  # the third update has another rate
+    for one, other in zip(
+        lines[0][:3], lines[1][:3], strict=True
+    ):  # the third update has another rate
         for name in one.keys() - {"tokens_per_second", "learning_rate"}:
             assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
 
@@ -250,19 +287,26 @@ def test_the_config_of_a_run_repeats_it(world, uninterrupted, tmp_path):
     options = dict(config=uninterrupted / "config.yaml", output_dir=tmp_path / "again")
     done = run("spo.py", options)
     assert done.returncode == 0, done.stderr[-2000:]
-    first, again = (load_file(out / "model.safetensors") for out in (uninterrupted, tmp_path / "again"))
+    first, again = (
+        load_file(out / "model.safetensors") for out in (uninterrupted, tmp_path / "again")
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_the_export_is_the_trained_model(world, tmp_path, kind):
-    """Identical logits after a reload, those of the checkpoint's tensors in a plain transformers model."""
+    """Reloaded, it has the logits of the checkpoint's tensors in a plain transformers model."""
     out = tmp_path / "run"
     sft.main(sft.Args(**settings(world, out, model=f"{world}/{kind}", max_steps=3)))
     exported, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(
+        info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
     trained = AutoModelForCausalLM.from_config(exported.config)
-    with safe_open(next(out.glob("checkpoints/step-000003/*.safetensors")), "pt") as file, torch.no_grad():
+    with (
+        safe_open(next(out.glob("checkpoints/step-000003/*.safetensors")), "pt") as file,
+        torch.no_grad(),
+    ):
         for name, parameter in trained.named_parameters():
             parameter.copy_(file.get_tensor(name))
     ids = torch.arange(5, 60)[None]
@@ -285,11 +329,23 @@ def test_an_export_has_the_dtype_of_the_start_model(world, tmp_path):
         tmp_path / "half"
     )
     AutoTokenizer.from_pretrained(f"{world}/llama").save_pretrained(tmp_path / "half")
-    dpo.main(dpo.Args(**settings(world, tmp_path / "out", model=str(tmp_path / "half"), max_steps=2)))
+    dpo.main(
+        dpo.Args(**settings(world, tmp_path / "out", model=str(tmp_path / "half"), max_steps=2))
+    )
     weights = load_file(tmp_path / "out/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     checkpoint = load_file(next((tmp_path / "out").glob("checkpoints/*/*.safetensors")))
     assert {tensor.dtype for tensor in checkpoint.values()} == {torch.float32}
+
+
+def test_another_run_is_never_overwritten(world, uninterrupted, capsys, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    assert "in use" in refused(spo, settings(world, uninterrupted), capsys, monkeypatch)
+    message = refused(
+        spo, settings(world, uninterrupted, resume=True, beta=0.3), capsys, monkeypatch
+    )
+    assert "beta 0.1, not 0.3" in message
+    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
 
 
 def test_no_file_of_a_run_is_a_pickle(uninterrupted):
@@ -301,7 +357,11 @@ def test_no_file_of_a_run_is_a_pickle(uninterrupted):
 def test_real_rows_with_a_model_that_has_no_weights_yet(tmp_path):
     tiny.model(tmp_path / "model", "qwen2", weights=False)
     options = dict(
-        model=tmp_path / "model", dataset=REAL_ROWS, output_dir=tmp_path / "run", max_steps=2, batch_size=8
+        model=tmp_path / "model",
+        dataset=REAL_ROWS,
+        output_dir=tmp_path / "run",
+        max_steps=2,
+        batch_size=8,
     )
     done = run("spo.py", options | dict(max_length=400, eval_split=""))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -315,170 +375,18 @@ def test_real_rows_with_a_model_that_has_no_weights_yet(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == "qwen2"
 
 
-def refused(script, options, capsys, monkeypatch):
-    """The one line that a script says when it refuses to run."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *[f"--{k}={v}" for k, v in options.items()]])
-    with pytest.raises(SystemExit) as end:
-        script.main(common.parse_args(script.Args))
-    assert end.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    return errors[0]
-
-
-def test_errors_of_use_are_one_line(world, tmp_path, capsys, monkeypatch):
-    def error(script=dpo, **others):
-        return refused(script, settings(world, tmp_path / "out", **others), capsys, monkeypatch)
-
-    def folder_with(name, rows):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train_prefs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        return dict(dataset=tmp_path / name, eval_split="", batch_size=1)
-
-    assert "--betaa" in error(betaa=1)
-    assert "--beta" in error(beta=0) and "--label_smoothing" in error(label_smoothing=0.5)
-    assert "--beta" in error(ipo, beta=0) and "--beta" in error(spo, beta=0)
-    assert "--alpha" in error(spo, alpha=-1) and "--batch_size" in error(batch_size=0)
-    assert "--beta" in error(stapo, beta=0) and "--margin_right" in error(stapo, margin_right=0.5)
-    assert "--contrast" in error(stapo, contrast="ipo")
-    assert "--beta" in error(alphapo, beta=-1) and "--gamma_beta_ratio" in error(alphapo, gamma_beta_ratio=-1)
-    assert "float" in error(beta="much") and "--max_steps" in error(max_steps=-1)
-    assert "/proc/nowhere" in refused(dpo, settings(world, "/proc/nowhere/run"), capsys, monkeypatch)
-    assert "nowhere" in error(model=tmp_path / "nowhere")
-    assert "nowhere.jsonl" in error(dataset=tmp_path / "nowhere.jsonl")
-    message = error(train_split="train_missing")
-    assert "no split train_missing among test_prefs, test_sft, train_prefs, train_sft" in message
-    assert "no config.json" in error(model=f"{world}/data")
-    assert "no such folder, and not to be had" in error(dataset="data/nowhere")
-    assert "chosen and rejected" in error(**folder_with("columns", [{"prompt": "a", "completion": "b"}]))
-    row = {"chosen": [tiny.turn("user", "a"), tiny.turn("assistant", "b")]}
-    row["rejected"] = [tiny.turn("user", "a"), tiny.turn("assistant", 5)]
-    message = error(**folder_with("content", [row]))
-    assert "train_prefs.jsonl" in message and "row 0" in message and "5" in message
-    assert "tensorboardX" in error(report_to="tensorboardX")
-    assert not (tmp_path / "out/model.safetensors").exists()
-
-
-def test_spo_warns_of_a_target_that_lowers_chosen(capsys):
-    """With alpha 0.05 and beta 0.1 its target of r_w is 1/0.1 - 1/0.05 = -10 nats."""
-    for alpha, warns in {0.05: True, 0.1: False, 0.2: False, 0.0: False}.items():
-        spo.Args(beta=0.1, alpha=alpha)
-        assert ("WARNING: with alpha below beta" in capsys.readouterr().out) == warns
-
-
-def test_pickled_weights_are_refused(world, tmp_path, capsys, monkeypatch):
-    model = AutoModelForCausalLM.from_pretrained(f"{world}/llama")
-    model.config.save_pretrained(tmp_path / "pickled")
-    AutoTokenizer.from_pretrained(f"{world}/llama").save_pretrained(tmp_path / "pickled")
-    torch.save(model.state_dict(), tmp_path / "pickled/pytorch_model.bin")
-    message = refused(dpo, settings(world, tmp_path / "out", model=tmp_path / "pickled"), capsys, monkeypatch)
-    assert "pytorch_model.bin" in message and "safetensors" in message
-
-
-def test_another_run_is_never_overwritten(world, uninterrupted, capsys, monkeypatch):
-    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
-    assert "in use" in refused(spo, settings(world, uninterrupted), capsys, monkeypatch)
-    message = refused(spo, settings(world, uninterrupted, resume=True, beta=0.3), capsys, monkeypatch)
-    assert "beta 0.1, not 0.3" in message
-    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
-
-
-def test_other_rows_are_not_resumed_on(world, tmp_path, capsys, monkeypatch):
-    tiny.pairs(tmp_path / "rows.jsonl", 64, seed=5)
-    args = settings(world, tmp_path / "run", dataset=tmp_path / "rows.jsonl")
-    dpo.main(dpo.Args(**args | dict(dataset=str(args["dataset"]))))
-    tiny.pairs(tmp_path / "rows.jsonl", 64, seed=6)
-    assert "training rows or the start model" in refused(
-        dpo, args | dict(resume=True, num_train_epochs=2), capsys, monkeypatch
-    )
-
-
-def test_another_start_model_is_not_resumed_on(world, tmp_path, capsys, monkeypatch):
-    """The reference is the start model: with another one, half a run would have another reference."""
-    tiny.model(tmp_path / "model")
-    args = settings(world, tmp_path / "run", model=str(tmp_path / "model"), max_steps=2)
-    dpo.main(dpo.Args(**args))
-    tiny.model(tmp_path / "model", seed=1)
-    assert "start model" in refused(dpo, args | dict(resume=True, max_steps=4), capsys, monkeypatch)
-
-
-def test_code_that_comes_with_a_model_is_not_run(tmp_path, world):
-    tiny.model(tmp_path / "model")
-    config = json.loads((tmp_path / "model/config.json").read_text())
-    config |= dict(
-        model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
-    )
-    (tmp_path / "model/config.json").write_text(json.dumps(config))
-    (tmp_path / "model/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    done = run("dpo.py", settings(world, tmp_path / "out", model=tmp_path / "model"), input="y\n" * 9)
-    assert done.returncode == 2 and not (tmp_path / "ran").exists()
-    assert "Traceback" not in done.stderr
-
-
-def test_without_a_network_the_hub_is_named_within_seconds(tmp_path):
-    """A closed local port stands for the hub, so that the test needs no network and cannot reach one."""
-    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
-    started = time.monotonic()
-    done = run("dpo.py", {"output_dir": tmp_path / "run"}, env=environment)
-    assert done.returncode == 2 and time.monotonic() - started < 60
-    assert done.stderr.count("error:") == 1 and "Qwen/Qwen2.5-7B-Instruct" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_an_error_of_use_is_said_once_by_several_processes(world, tmp_path):
-    done = run("dpo.py", settings(world, tmp_path / "out", dataset=tmp_path / "nowhere.csv"), 2, timeout=120)
-    assert done.returncode != 0
-    assert sum(line.startswith("error: --dataset") for line in done.stderr.splitlines()) == 1
-
-
-def test_a_crash_of_one_process_ends_all_with_its_message(world, tmp_path):
-    (tmp_path / "crash.py").write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport common, dpo\n"
-        "if os.environ['RANK'] == '1':\n    common.learning_rate = lambda *_: 1 / 0\n"
-        "dpo.main(common.parse_args(dpo.Args))\n"
-    )
-    done = run(tmp_path / "crash.py", settings(world, tmp_path / "out"), 2, timeout=120)  # no hang
-    assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
-    assert not (tmp_path / "out/config.json").exists()
-
-
 def test_a_loss_that_is_not_finite_stops_before_the_update(world, tmp_path):
     """With beta 100, SPO overflows float32 once a margin of log-ratios is below -0.84 nats."""
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as end:
         spo.main(spo.Args(**settings(world, out, beta=100, alpha=0.0, learning_rate=1e-2)))
     message = str(end.value)
-    step = int(message.removeprefix("stopped in step ").split(",")[0])
+    step = int(message.removeprefix("stopped in step ").split(":")[0])
     assert step > 1 and "losses not finite in rows [" in message
     assert [line["step"] for line in metrics(out)] == list(range(1, step))
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{step - 1:06d}"]
     weights = load_file(next(out.glob("checkpoints/*/*.safetensors")))
     assert all(tensor.isfinite().all() for tensor in weights.values())
-
-
-def test_recipes(tmp_path, capsys, monkeypatch):
-    def parse(script, text, *arguments):
-        (tmp_path / "recipe.yaml").write_text(text)
-        argv = [f"{script.__name__}.py", *arguments, "--config", str(tmp_path / "recipe.yaml")]
-        monkeypatch.setattr(sys, "argv", argv)
-        return common.parse_args(script.Args)
-
-    text = "batch_size: 8\nalpha: 0.3\nlabel_smoothing: null\nresume: true\n"
-    text += "spo:\n  learning_rate: 5e-6\ndpo: {beta: 2}"
-    args = parse(spo, text)
-    assert (args.batch_size, args.alpha, args.learning_rate, args.beta, args.resume) == (
-        8,
-        0.3,
-        5e-6,
-        0.1,
-        True,
-    )
-    assert parse(dpo, text).beta == 2 and parse(sft, text).learning_rate == 2e-5
-    assert parse(spo, text, "--batch_size", "4").batch_size == 4  # the command line wins, wherever it stands
-    for wrong in ("batch_sise: 8", "spo: {gamma: 1}", "spo: {batch_size: many}", "- 1", "a: b: c"):
-        with pytest.raises(SystemExit):
-            parse(spo, wrong)
-        assert capsys.readouterr().err.startswith("error:")
 
 
 def test_config_yaml_holds_every_setting_but_resume(uninterrupted):

@@ -5,13 +5,11 @@ import ast
 import dataclasses
 import difflib
 import importlib
-import io
 import itertools
 import os
 import re
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["dpo", "ipo", "kto", "spo", "stapo", "alphapo"]
 OTHERS = METHODS[1:]
 SCRIPTS = ["sft", *METHODS]
-TOP_LEVEL = {*SCRIPTS, "eval_judge", "common"}
+TOP_LEVEL = {*SCRIPTS, "eval_judge", "common", "data", "curves"}
+# What each may import of the project; curves.py is imported by common.py when a run ends.
+IMPORTS = {"common": {"data"}, "data": set(), "curves": set(), "kto": {"common", "data"}}
+IMPORTS["eval_judge"] = {"common", "data"}
 TEXTS = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 FILES = sorted(
     path
@@ -35,19 +36,16 @@ SHARED_FIELDS = (
 ).split()
 
 FREE = {"uses_reference", "preference_loss"}
-# script: more top-level functions that are free in it, each with its reason. Only kto.py needs any, for its
-# rows are no pairs. They hold the loop itself, so such a script's changes are not placed, and counted by a
-# test of their own.
+# script: more top-level functions that are free in it, each with its reason. Only kto.py needs any,
+# as its rows are not pairs. They hold the loop itself, so a test of its own counts its changes.
 ALSO_FREE = {
     "kto": {
         "kto_loss": "a row has one completion and a label, and the loss needs z0",
         "partners": "z0 is a mean over prompts with the completions of other rows",
         "mismatch": "these pairs have to be made",
-        "add_mismatched": "for both splits, on one process before the others",
         "report_classes": "nothing else shows that one class is missing or outweighs the other",
-        "add_reference": "their reference belongs to the same pass and file",
-        "reference_point": "z0 is estimated anew in each step",
-        "values_of": "metrics are means over a class, not over pairs",
+        "estimate_kl": "z0 is estimated anew in each step",
+        "add_rows": "metrics are means over a class, not over pairs",
         "with_margins": "and so is the margin between them",
         "evaluate": "it needs z0, too",
         "main": "so does the loop",
@@ -56,7 +54,8 @@ ALSO_FREE = {
 STRICT = [name for name in OTHERS if name not in ALSO_FREE]
 
 LOSS = {"sft": "sft_loss", "kto": "kto_loss"}
-MOST_LINES = {"common": 870, "eval_judge": 530, "kto": 240, "sft": 200}
+# Lines of the file, all of them: a file is read in one sitting, or not at all.
+MOST_LINES = {"common": 1000, "data": 500, "kto": 280, "curves": 220, "eval_judge": 750}
 
 
 def top_level(tree, kind, name):
@@ -73,7 +72,9 @@ def free_regions(source, also_free=()):
     """(first line, last line) of all that a method may change."""
     tree = ast.parse(source)
     docstring, *rest = tree.body
-    imports = list(itertools.takewhile(lambda node: isinstance(node, ast.Import | ast.ImportFrom), rest))
+    imports = list(
+        itertools.takewhile(lambda node: isinstance(node, ast.Import | ast.ImportFrom), rest)
+    )
     args_class = top_level(tree, ast.ClassDef, "Args")
     own = own_fields(args_class)
     checks = [node for node in args_class.body if getattr(node, "name", "") == "__post_init__"]
@@ -129,7 +130,9 @@ def test_a_method_is_at_most_30_changed_lines(name):
         docstring, *_ = free_regions(text)
         docstrings_apart.append("\n".join(without(text, [docstring])))
     places = changes(*docstrings_apart)
-    changed = sum(end - start + other_end - other_start for start, end, other_start, other_end in places)
+    changed = sum(
+        end - start + other_end - other_start for start, end, other_start, other_end in places
+    )
     assert changed <= 30
 
 
@@ -138,7 +141,10 @@ def test_ktos_loop_is_dpos_but_for_rows_and_z0(function, most):
     sources = TEXTS["dpo"], TEXTS["kto"]
     nodes = [top_level(ast.parse(source), ast.FunctionDef, function) for source in sources]
     places = changes(*map(ast.get_source_segment, sources, nodes))
-    assert sum(end - start + other_end - other_start for start, end, other_start, other_end in places) <= most
+    assert (
+        sum(end - start + other_end - other_start for start, end, other_start, other_end in places)
+        <= most
+    )
 
 
 @pytest.mark.parametrize("name", STRICT)
@@ -150,9 +156,9 @@ def test_all_changes_end_before_the_loop_begins(name):
 
 DRIFTS = {
     "loop": (" / args.batch_size", ""),
-    "comment": ("# FSDP takes the mean over processes;", "# FSDP averages over processes;"),
+    "comment": ("so we multiply", "hence the product"),
     "blank line": ("        optimizer.step()\n", "        optimizer.step()\n\n"),
-    "evaluation": ('metrics.mean("eval/")', 'metrics.mean("test/")'),
+    "evaluation": ('metrics.reduce("eval/")', 'metrics.reduce("test/")'),
     "shared default": ("default=7168", "default=8192"),
     "shared help": ('"passes over the training rows"', '"epochs"'),
     "new field": ("    dataset: str", "    floor: float = 0.0\n    dataset: str"),
@@ -162,7 +168,10 @@ DRIFTS = {
     ),
 }
 FREEDOMS = {
-    "docstring": ("\n\nDepartures from the paper:", "\n\nAnother paragraph.\n\nDepartures from the paper:"),
+    "docstring": (
+        "\n\nDepartures from the paper:",
+        "\n\nAnother paragraph.\n\nDepartures from the paper:",
+    ),
     "import": ("import torch\n", "import math\n\nimport torch\n"),
     "own default": ("default=5e-7", "default=1e-6"),
     "own field": ("    learning_rate: float", "    floor: float = 0.0\n    learning_rate: float"),
@@ -189,7 +198,9 @@ def test_a_method_is_free_in_its_own_regions(old, new):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_algorithm_stands_in_the_loop(name):
-    calls = [node.func for node in ast.walk(training_loop(TEXTS[name])) if isinstance(node, ast.Call)]
+    calls = [
+        node.func for node in ast.walk(training_loop(TEXTS[name])) if isinstance(node, ast.Call)
+    ]
     called = {call.attr if isinstance(call, ast.Attribute) else call.id for call in calls}
     needed = {LOSS.get(name, "preference_loss"), "backward", "clip_grad_norm_", "step", "zero_grad"}
     assert needed <= called
@@ -207,47 +218,34 @@ def test_scripts_import_common_and_nothing_else_of_the_project(name):
     for node in ast.walk(ast.parse(TEXTS[name])):
         if isinstance(node, ast.Import | ast.ImportFrom):
             imported |= {alias.name for alias in node.names} | {getattr(node, "module", None)}
-    assert imported & TEXTS.keys() == (set() if name == "common" else {"common"})
+    assert imported & TEXTS.keys() == IMPORTS.get(name, {"common"})
 
 
-def test_common_names_no_method():
-    assert not re.findall(rf"\b({'|'.join(METHODS)})\b", TEXTS["common"], re.IGNORECASE)
-
-
-def code_lines(source):
-    """Lines that hold code: nobody shall save on blank lines, comments and docstrings."""
-    docstrings = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    code = set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type != tokenize.COMMENT and token.string.strip():
-            code |= set(range(token.start[0], token.end[0] + 1))
-    return code - docstrings
+@pytest.mark.parametrize("name", ["common", "data", "curves"])
+def test_what_is_shared_names_no_method(name):
+    assert not re.findall(rf"\b({'|'.join(METHODS)})\b", TEXTS[name], re.IGNORECASE)
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_files_can_be_read_in_one_sitting(name):
-    assert len(code_lines(TEXTS[name])) <= MOST_LINES.get(name, 220)
-
-
-def test_lines_of_code_are_counted():
-    source = '"""a\nb"""\n\n# c\nx = 1  # d\n\n\ndef f(\n    y,\n):\n    """e"""\n    return """g\nh"""\n'
-    assert len(code_lines(source)) == 6
+    assert len(TEXTS[name].splitlines()) <= MOST_LINES.get(name, 220)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_functions_and_lines_are_short(path):
     source = path.read_text()
+    most = 40 if path.stem in ("common", "data", "curves") else 60
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-    assert [node.name for node in functions if node.end_lineno - node.lineno + 1 > 60] == []
-    assert [line for line, text in enumerate(source.splitlines(), 1) if len(text) > 110] == []
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert {name: length for name, length in lengths.items() if length > most} == {}
+    assert [line for line, text in enumerate(source.splitlines(), 1) if len(text) > 100] == []
 
 
 def test_importing_the_scripts_does_nothing(tmp_path):
     code = f"import torch, {', '.join(TEXTS)}; assert not torch.distributed.is_initialized()"
-    how = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    how = dict(
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     done = subprocess.run([sys.executable, "-c", code], check=False, **how)
     assert done.returncode == 0, done.stderr
     assert not done.stdout

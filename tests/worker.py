@@ -1,8 +1,7 @@
 """What tests/test_processes.py starts under torchrun: python worker.py WORLD OUT
 
-Runs scripts from the folder WORLD by their own `main`, and keeps in OUT, besides what a run writes, the first
-step's gradients and what every process computed.
-"""
+Runs scripts from the folder WORLD by their own `main`, and keeps in OUT, besides what a run writes,
+the first step's gradients and what every process computed."""
 
 import json
 import sys
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 
 import alphapo
 import common
+import data
 import dpo
 import ipo
 import kto
@@ -23,7 +23,9 @@ import sft
 import spo
 import stapo
 
-SHARED = dict(batch_size=16, max_grad_norm=1e9, warmup_ratio=0.0, eval_every=0, save_every=0, seed=3)
+SHARED = dict(
+    batch_size=16, max_grad_norm=1e9, warmup_ratio=0.0, eval_every=0, save_every=0, seed=3
+)
 SHORT = dict(model="llama", learning_rate=3e-4, max_steps=3, tokens_per_micro_batch=150)
 GRADIENTS = dict(model="qwen2", beta=0.5, max_steps=1)
 CASES = {
@@ -54,40 +56,49 @@ class Recorder(torch.optim.AdamW):
     def step(self):
         if Recorder.gradients is None:
             parameters = self.param_groups[0]["params"]
-            Recorder.gradients = {str(i): p.grad.full_tensor().cpu() for i, p in enumerate(parameters)}
+            whole = [parameter.grad.full_tensor().cpu() for parameter in parameters]
+            Recorder.gradients = {str(i): gradient for i, gradient in enumerate(whole)}
             Recorder.shard_size = sum(p.to_local().numel() for p in parameters)
         super().step()
 
 
-def moved(add_reference):
-    """A reference up to 3 nats away from the policy, so that z0 is not 0 in the first step."""
+class RecordedBatch(data.Batch):
+    """A batch that adds its tokens to a list."""
 
-    def add(model, train, *rest):
-        add_reference(model, train, *rest)
-        train.ref -= torch.linspace(0, 3, len(train))[:, None]
+    tokens = []
+
+    def __init__(self, split, rows, *rest):
+        super().__init__(split, rows, *rest)
+        self.tokens.append(int(split.tokens[rows].sum()))
+
+
+def moved(add_reference):
+    """References up to 3 nats away from the policy, so that z0 is not 0 in the first step."""
+    nats = iter([(0, 1.5), (1.5, 3)])  # of the training rows, then of the mismatched pairs
+
+    def add(model, split, *rest):
+        add_reference(model, split, *rest)
+        split.ref -= torch.linspace(*next(nats), len(split))[:, None]
 
     return add
 
 
 def main(world, out):
     dist.init_process_group("gloo")
-    leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # one world for all cases
-    torch.optim.AdamW = Recorder
-    pack, packed = common.pack, []
-    common.pack = lambda split, rows, *rest: (
-        packed.append(int(split.tokens[rows].sum())) or pack(split, rows, *rest)
-    )
-    add_reference, common.draw_curves = common.add_reference, lambda folder: None
+    torch.optim.AdamW, data.Batch = Recorder, RecordedBatch
+    common.Run.close = lambda run: None  # one world for all cases, and no curves
+    add_reference = common.add_reference
     for name, (script, settings) in CASES.items():
-        packed.clear()
-        common.add_reference = moved(add_reference) if name.startswith("kto-gradients") else add_reference
+        RecordedBatch.tokens.clear()
+        moves = name.startswith("kto-gradients")
+        common.add_reference = moved(add_reference) if moves else add_reference
         settings = SHARED | settings | dict(dataset=f"{world}/data", output_dir=f"{out}/{name}")
         script.main(script.Args(**settings | dict(model=f"{world}/{settings['model']}")))
-        seen = dict(packed=packed, shard_size=Recorder.shard_size)
+        seen = dict(packed=RecordedBatch.tokens, shard_size=Recorder.shard_size)
         Path(f"{out}/{name}/process-{dist.get_rank()}.json").write_text(json.dumps(seen))
         if dist.get_rank() == 0:
             save_file(Recorder.gradients, f"{out}/{name}/gradients.safetensors")
-    leave()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""Start models: which are refused, which are computed rightly, what is loaded and exported."""
+
+import pytest
+import tiny
+import torch
+import transformers
+from padded import assert_equals_padded, encoded_rows, packed, padded, settle
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import common
+
+
+def config_of(name, **settings):
+    """A tiny config of any architecture."""
+    return getattr(transformers, f"{name}Config")(**tiny.SIZES | settings)
+
+
+def assert_refused(capsys, load, *words):
+    """Exit code 2 and one line that holds these words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        load()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "it/s]" not in line]
+    assert stopped.value.code == 2 and len(lines) == 1, lines
+    assert all(word in lines[0] for word in words), lines
+
+
+REFUSED = {
+    "Falcon": {},
+    "Bloom": {},
+    "GPTJ": dict(rotary_dim=4),
+    "GptOss": dict(num_local_experts=4, num_experts_per_tok=2, head_dim=8),
+    "Cohere": {},
+    "Granite": dict(logits_scaling=2.0),
+    "Phi": {},
+    "Qwen3Next": dict(num_experts=4, head_dim=8),
+    "Lfm2": dict(layer_types=["conv", "full_attention"]),
+    "Mamba": dict(state_size=4),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_architectures(name, tmp_path, capsys):
+    config_of(name, **REFUSED[name]).save_pretrained(tmp_path / "model")
+    folder = tmp_path / "model"
+    assert_refused(capsys, lambda: settle(folder), f"{name}ForCausalLM", str(folder))
+
+
+TEXT = tiny.SIZES | dict(initializer_range=0.1, head_dim=8)
+LONG_ROPE = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+LONG_ROPE |= dict(rope_theta=1e4, original_max_position_embeddings=28)
+REFUSED_OR_RIGHT = {
+    "Afmoe": TEXT  # a mask by keyword
+    | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "Doge": TEXT,  # a mask of its own
+    "Nemotron": TEXT,  # hands nothing on to its attention
+    "MiniCPM3": TEXT  # scales the hidden states before the head
+    | dict(num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8)
+    | dict(qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8),
+    "Gemma4Unified": dict(  # has its soft-cap in a config within the config
+        text_config=TEXT
+        | dict(vocab_size_per_layer_input=400, hidden_size_per_layer_input=8)
+        | dict(global_head_dim=8, final_logit_softcapping=3.0)
+    ),
+    "Phi3": TEXT  # its frequencies depend on the longest row of a batch
+    | dict(original_max_position_embeddings=28, rope_parameters=LONG_ROPE),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_OR_RIGHT)
+def test_other_architectures_are_refused_or_right(name, tmp_path, capsys):
+    folder, data = tmp_path / "model", tiny.pairs(tmp_path / "pairs.jsonl", 5)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**REFUSED_OR_RIGHT[name])
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    try:
+        found, _ = packed(settle(folder, data))
+    except SystemExit as stopped:
+        assert stopped.code == 2 and "error: --model" in capsys.readouterr().err
+        return
+    rows = encoded_rows(folder, data)
+    alone = [[padded(folder, [[response]])[0].item() for response in row] for row in rows]
+    torch.testing.assert_close(found, torch.tensor(alone), atol=1e-4, rtol=0)
+
+
+def test_pickled_weights_are_refused(tmp_path, capsys):
+    folder = tiny.model(tmp_path / "model", weights=False)
+    torch.save({}, folder / "pytorch_model.bin")
+    assert_refused(capsys, lambda: settle(folder), "pytorch_model.bin", "safetensors")
+
+
+@pytest.mark.parametrize("lacking", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_missing_tensors_are_refused(lacking, tmp_path, capsys):
+    folder = tiny.model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[lacking]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(capsys, lambda: settle(folder), lacking)
+
+
+def test_tensors_of_another_shape_are_refused(tmp_path, capsys):
+    folder = tiny.model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(capsys, lambda: settle(folder), str(folder))
+
+
+def test_a_broken_file_is_refused(tmp_path, capsys):
+    folder = tiny.model(tmp_path / "model")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert_refused(capsys, lambda: settle(folder), str(folder))
+
+
+def full(start):
+    parameters = start.model.hf_model.named_parameters()
+    return {name: parameter.detach().full_tensor() for name, parameter in parameters}
+
+
+def test_without_weights_the_seed_draws_them(tmp_path):
+    folder = tiny.model(tmp_path / "model", weights=False)
+    one, same, other = (full(settle(folder, seed=seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert all(not torch.equal(one[name], other[name]) for name in one if "norm" not in name)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+def test_weights_come_in_as_float32_and_go_out_as_they_were(kind, tmp_path):
+    """From bfloat16 files and back; a tied weight is one parameter, buffers are transformers'."""
+    folder = tiny.model(tmp_path / "model", kind)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    files, start = load_file(folder / "model.safetensors"), settle(folder)
+    assert {tensor.dtype for tensor in files.values()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in start.model.parameters()} == {torch.float32}
+    parameters = full(start)
+    assert parameters.keys() == files.keys()
+    assert all(torch.equal(parameters[name], files[name].float()) for name in files)
+    hf_model = start.model.hf_model
+    head, words = hf_model.get_output_embeddings(), hf_model.get_input_embeddings()
+    assert (head.weight is words.weight) == (kind != "llama")
+    # In bfloat16, which rounds Gemma's embedding scale.
+    plain_buffers = dict(AutoModelForCausalLM.from_pretrained(folder).named_buffers())
+    buffers = dict(hf_model.named_buffers())
+    assert "model.rotary_emb.inv_freq" in buffers and buffers.keys() == plain_buffers.keys()
+    assert all(torch.equal(buffers[name].float(), plain_buffers[name].float()) for name in buffers)
+    common.export(start.model, common.load_tokenizer(folder), start.args, start.run)
+    exported = load_file(start.run.output_dir / "model.safetensors")
+    assert exported.keys() == files.keys()
+    for name in files:
+        assert exported[name].dtype == torch.bfloat16, name
+        assert torch.equal(exported[name], files[name]), name
+
+
+NOISY = {
+    "GPT2": dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1),
+    "Mixtral": dict(num_local_experts=4, attention_dropout=0.1),
+    "Mixtral-jitter": dict(num_local_experts=4, router_jitter_noise=0.1),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_in_training_is_off(name, tmp_path):
+    """A model whose config asks for noise computes in training what it computes in evaluation."""
+    folder, data = tmp_path / "model", tiny.pairs(tmp_path / "pairs.jsonl", 6)
+    torch.manual_seed(0)
+    config = config_of(name.partition("-")[0], **NOISY[name])
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    start = settle(folder, data)
+    assert torch.equal(packed(start), packed(start))
+    assert_equals_padded(start, encoded_rows(folder, data))
