@@ -1,8 +1,8 @@
 """Draws runs from their metrics.jsonl in one picture: a panel for each metric, a line for each run.
 
-    python curves.py runs/toy/dpo                  # one run: runs/toy/dpo/curves.png
+    python curves.py runs/first                    # one run: runs/first/curves.png
     python curves.py runs/toy/*                    # several runs: curves.png in the current folder
-    python curves.py runs/toy/dpo runs/toy/spo --out dpo-spo.png
+    python curves.py runs/first runs/second --out both.png
     python curves.py runs/toy/* --show             # opens a window, too
 
 One run shows its training (grey) and its held-out rows (black). Of several runs only the held-out
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-# Chosen is drawn solid, rejected dashed. Metrics that are not here get panels of their own, behind.
+# Chosen is drawn solid, rejected dashed. Metrics that are not here get panels after these.
 PANELS = {
     "loss (the method's own)": ["loss"],  # on one axis, but not to be compared across methods
     "accuracy": ["rewards/accuracies"],

@@ -217,8 +217,7 @@ def main(args):
     if uses_reference(args):
         # The log-probs of the policy before its first step, so there is no second model in memory.
         common.add_reference(model, train, held_out, args, run)
-        held_out_mismatched = held_out and held_out.mismatched
-        common.add_reference(model, train.mismatched, held_out_mismatched, args, run)
+        common.add_reference(model, train.mismatched, held_out and held_out.mismatched, args, run)
     # Weights and moments are float32: at these rates bfloat16 would round every update away.
     adamw = dict(lr=args.learning_rate, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **adamw)

@@ -12,7 +12,6 @@ import worker
 from launch import metrics
 from safetensors.torch import load_file
 
-
 TESTS = Path(__file__).parent
 WORLDS = (1, 2, 4)
 

@@ -126,8 +126,8 @@ def test_more_epochs_go_on_with_the_schedule_of_the_new_total(world, tmp_path):
 
 
 def test_a_run_is_evaluated_before_its_first_step(world, tmp_path, monkeypatch):
-    """The policy still is the reference: its held-out values are taken from there. Computing them, as
-    a method without a reference does, gives the same."""
+    """The policy still is the reference: its held-out values are taken from there. A method without
+    a reference computes them, and gets the same."""
     forward, computed = common.LogprobModel.forward, []
 
     def count(model, batch, entropy=False):
