@@ -379,10 +379,10 @@ def whole_split(split, name, args, run):
 def my_batches(split, rows, args, run, name=None):
     """This process's share of the rows, a Batch at a time."""
     bins = bin_pack(split.tokens, rows, args.tokens_per_micro_batch, run.world_size)
-    mine = bins[run.rank :: run.world_size]
+    own_bins = bins[run.rank :: run.world_size]
     step_tokens = int(split.lengths[rows].sum())
     hidden = name is None or run.rank > 0
-    for members in tqdm(mine, name, unit="batch", leave=False, disable=hidden):
+    for members in tqdm(own_bins, name, unit="batch", leave=False, disable=hidden):
         yield Batch(split, members, step_tokens, run.device)
 
 

@@ -20,9 +20,9 @@ another model, asks only for what is missing. A response's random numbers come f
 prompt and settings: neither processes nor batches change it, except where the rounding of logits
 decides between two tokens (rare in float32, on CPUs; not rare in bfloat16, on GPUs).
 
-Departures from the paper: none that we know of. It does not say how prompts are chosen, how models
-sample, what the judge is told or in which order: random prompts, temperature 0.7, at most 1,024
-tokens, JUDGE_PROMPT and both orders are ours, and so is every figure but the win rate.
+Departures from the paper: none that we know of. It does not say how the prompts are chosen, how the
+models sample, or how the judge is asked: the choice by seed, temperature 0.7, at most 1,024 tokens,
+JUDGE_PROMPT and the two orders are ours, and so is every figure but the win rate.
 
     python eval_judge.py --models sft=runs/sft dpo=runs/dpo spo=runs/spo --judge gpt-4o
     python eval_judge.py --models a=runs/a b=runs/b --dataset toy/data --judge toy/judge.py
@@ -79,10 +79,10 @@ class Args:
     temperature: float = HfArg(default=0.7, help="of the responses; 0 takes the likeliest tokens")
     generation_batch_size: int = HfArg(default=32, help="responses a process generates at once")
     judge_temperature: float = HfArg(default=0.0, help="of verdicts; below 0: the endpoint's own")
-    judge_max_tokens: int = HfArg(default=512, help="tokens of an answer; doubled once if cut")
+    judge_max_tokens: int = HfArg(default=512, help="of an answer, in tokens; doubled once if cut")
     concurrency: int = HfArg(default=16, help="requests to the endpoint at a time")
     timeout: float = HfArg(default=120.0, help="seconds that a request may take")
-    max_missing: float = HfArg(default=0.02, help="no report if more of the verdicts are missing")
+    max_missing: float = HfArg(default=0.02, help="share of verdicts; no report if more is missing")
     price_in: float = HfArg(default=0.0, help="price of a million tokens that the judge reads")
     price_out: float = HfArg(default=0.0, help="price of a million tokens that the judge writes")
     yes: bool = HfArg(default=False, help="call the endpoint without asking, as batch jobs must")
@@ -91,8 +91,7 @@ class Args:
     def __post_init__(self):
         names = {x.partition("=")[0] for x in self.models if re.fullmatch(r"[\w.+-]+=.+", x)}
         if self.models and len(names) < max(2, len(self.models)):
-            rule = "needs two or more name=MODEL with different names of A-Za-z0-9_.+-"
-            raise ValueError(f"--models {rule}")
+            raise ValueError("--models: two or more name=MODEL, different names of A-Za-z0-9_.+-")
         least = dict(num_prompts=2, max_new_tokens=1, generation_batch_size=1, judge_max_tokens=1)
         least |= dict(concurrency=1, temperature=0, timeout=1, max_missing=0, price_in=0)
         least |= dict(price_out=0, seed=0, max_length=self.max_new_tokens + 1)
@@ -107,7 +106,8 @@ def main(args):
     judge = open_judge(args)  # before all else, as its key or its file may be missing
     if "RANK" in os.environ:  # set by torchrun; processes wait as long as the slowest one takes
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    models = {name: open_model(path) for name, path in (x.split("=", 1) for x in args.models)}
+    paths = dict(x.split("=", 1) for x in args.models)
+    models = {name: open_model(path) for name, path in paths.items()}
     prompts = load_prompts(models, args)
     responses = {name: respond(name, model, prompts, args) for name, model in models.items()}
     if rank() == 0:
@@ -212,7 +212,7 @@ def text_of(prompt):
 
 
 class Model(NamedTuple):
-    """A model without its weights in memory."""
+    """What is known of a model before its weights are loaded."""
 
     name: str  # on the hub, or its folder
     folder: Path
@@ -222,6 +222,7 @@ class Model(NamedTuple):
 
 
 def open_model(name):
+    """The Model of a folder or a hub name."""
     with common.user_errors(f"model {name} cannot be read"):
         with common.rank_zero_first():
             folder = common.model_folder(name, weights=True)
@@ -246,8 +247,7 @@ def load_network(model, longest):
         if info["missing_keys"]:
             raise ValueError(f"{len(info['missing_keys'])} of its tensors are missing")
         if limit < longest:
-            needed = f"{longest} may be needed: see --max_length"
-            raise ValueError(f"it takes {limit} tokens and {needed}")
+            raise ValueError(f"it takes {limit} tokens and {longest} are needed: see --max_length")
     config = GenerationConfig(eos_token_id=model.ends, pad_token_id=model.ends[0])
     network.generation_config = config
     return network.eval().to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
@@ -255,7 +255,7 @@ def load_network(model, longest):
 
 class Sampler(LogitsProcessor):
     """Samples each row with random numbers of its own, so that no row depends on another. All other
-    tokens than the sampled one get -inf, so greedy search takes it. Temperature 0 changes nothing.
+    tokens than the sampled one get -inf, so greedy search takes it. With temperature 0 none does.
     keys: (B,), from whose hexadecimal digits the rows' random numbers are made."""
 
     def __init__(self, keys, temperature, max_new_tokens):
@@ -296,8 +296,8 @@ def generate(network, prompts, keys, temperature, max_new_tokens):
 
 
 def generate_all(network, tokenizer, prompts, batch_size, temperature, max_new_tokens):
-    """Yields (key, line) for each of {key: prompt ids}, the longest prompts first. A line is a dict:
-    the response as text, its tokens, whether it was cut, and its summed entropy in nats."""
+    """Yields (key, line) for each of {key: prompt ids}, the longest prompts first. A line: the text
+    of the response, the number of its tokens, whether it was cut, its summed entropy in nats."""
     keys = sorted(prompts, key=lambda key: -len(prompts[key]))
     for start in range(0, len(keys), batch_size):
         batch = keys[start : start + batch_size]
@@ -329,7 +329,7 @@ def respond(name, model, prompts, args):
 
 
 def write_outputs(prompts, responses, args):
-    """The responses in AlpacaEval's format, and in Arena-Hard's, as a folder of its data/."""
+    """The responses in AlpacaEval's format, and as a folder for the data/ of Arena-Hard."""
     outputs, arena = Path(args.output_dir) / "model_outputs", Path(args.output_dir) / "arena_hard"
     for folder in (outputs, arena / "model_answer"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -363,7 +363,10 @@ def describe(lines):
     figures["empty_percent"] = 100 * sum(not text.strip() for text in texts) / len(lines)
     figures["entropy"] = sum(line["entropy"] for line in lines) / tokens
     for n in (1, 2):
-        grams = [gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n)))]
+        grams = []
+        for text in texts:
+            words = text.split()
+            grams += [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
         figures[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
     return figures
 
@@ -403,13 +406,10 @@ def read_verdict(answer, finish_reason):
 
 
 def open_judge(args):
-    """The judge that `--judge` and `--base_url` name. All kinds have the same members:
-
-    id: a hash of the judge, which is part of the keys of its verdicts
-    shared: whether all processes ask it, each for its share, or rank 0 alone
-    faults: why tries have failed, a text each
-    answer(asks, record): calls record(key, line) for each of {key: (prompt, a, b)} once it is judged
-    """
+    """The judge that `--judge` and `--base_url` name. Its `id`, a hash, is part of its verdicts'
+    keys. `answer(asks, record)` calls record(key, line) for each of {key: (prompt, a, b)} once it
+    is judged. If it is `shared`, each process asks it for a share of the verdicts, else rank 0 asks
+    for all. `faults`: why tries have failed."""
     if args.judge.endswith(".py"):
         return RuleJudge(args)
     if not args.base_url and (Path(args.judge).is_dir() or "/" in args.judge):
@@ -484,8 +484,8 @@ class EndpointJudge:
             form = "http(s)://host[:port][/path]; a key belongs in the environment"
             common.fail(f"--base_url must be {form}")
         if not self.key and url.scheme == "https":
-            variable += f" in the environment, {url.hostname}'s key"
-            common.fail(f"--judge {args.judge}: set {variable}")
+            where = f"in the environment, {url.hostname}'s key"
+            common.fail(f"--judge {args.judge}: set {variable} {where}")
         if not args.yes and not sys.stdin.isatty():
             common.fail("calls to an endpoint may cost money and nobody can be asked: give --yes")
         self.url = f"{url.scheme}://{url.netloc}{url.path.rstrip('/') or '/v1'}/chat/completions"
@@ -495,8 +495,7 @@ class EndpointJudge:
         self.id = digest(url.hostname, args.judge, JUDGE_PROMPT, args.judge_temperature)
         # OpenAI's new models refuse the old name, other servers know no other.
         self.budget_name = "max_completion_tokens" if openai else "max_tokens"
-        # Neither redirects nor, without https, proxies are used: they could read the key. This
-        # opener has no handler for redirects and returns every response, errors too.
+        # No handler follows redirects, or uses proxies without https: these could read the key.
         proxy = urllib.request.getproxies().get("https")
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(urllib.request.ProxyHandler({"https": proxy} if proxy else {}))
@@ -518,8 +517,8 @@ class EndpointJudge:
 
     def confirm(self, asks):
         """Says what the calls will take and, without `--yes`, asks whether to make them."""
-        args, written = self.args, 8 * len(asks)  # a verdict has at most 8 tokens or so
-        read = sum(len(judge_message(*ask)) for ask in asks.values()) // 4  # characters per token
+        args, written = self.args, 8 * len(asks)  # tokens: about 8 for a verdict
+        read = sum(len(judge_message(*ask)) for ask in asks.values()) // 4  # characters a token
         cost = (read * args.price_in + written * args.price_out) / 1e6
         says = f"about {read:,} tokens to read and {written:,} to write"
         says += f", for {cost:.2f} in all" if cost else ""
@@ -542,7 +541,7 @@ class EndpointJudge:
                 fault, pause = f"HTTP {status}", max(pause, retry_after(headers))
                 if status == 200:
                     line, cut = self.read_reply(text)
-                    if cut and budget == self.args.judge_max_tokens:  # once more, twice as long
+                    if cut and budget == self.args.judge_max_tokens:  # again, with twice as many
                         fault, budget, pause, line = "cut answer", 2 * budget, 0, None
             except Exception as error:  # a server may send anything, and each is a failed try
                 fault, status = type(error).__name__, 0
@@ -565,7 +564,7 @@ class EndpointJudge:
         record(key, {"error": f"{fault}, at try {attempt + 1}"})
 
     def post(self, message, budget):
-        """Status, headers and text of the response. Raises OSError, also after `timeout`."""
+        """Status, headers and text of the response. Raises TimeoutError, and what urllib raises."""
         chat = [{"role": "user", "content": message}]
         body = {"model": self.args.judge, "messages": chat, self.budget_name: budget}
         if self.args.judge_temperature >= 0:
@@ -680,8 +679,8 @@ def length_controlled(scores, ours, theirs, counts):
 
 
 def compare(found, ours, theirs, seed):
-    """A cell of the matrix. found: both orders' verdicts for each prompt, as in make_report; ours,
-    theirs: the lines of `respond`. Shares, in percent, are those of the verdicts that there are."""
+    """A cell of the matrix. found: for each prompt the verdicts in both orders, None where one is
+    missing, or [] where the responses are identical. ours, theirs: the lines of `respond`."""
     worth = {"a": 1.0, "b": 0.0, "tie": 0.5, None: np.nan}  # to the response shown first
     wins = np.full((len(found), 2), 0.5)  # of the row; identical responses stay at 1/2
     for i, both in enumerate(found):
@@ -704,8 +703,9 @@ def compare(found, ours, theirs, seed):
 
 
 def habits(found):
-    """How a judge judges. In percent: ties, prompts whose orders disagree (flips), and how often it
-    prefers the first response where it prefers one (50 is fair). Missing and identical: numbers."""
+    """How a judge judges. In percent, of the verdicts that there are: ties, prompts whose orders
+    disagree (flips), how often it prefers the first response where it prefers one (50 is fair).
+    missing: the number of such verdicts. identical: that of prompts with identical responses."""
     counts = Counter(verdict for both in found for verdict in both)
     both = [tuple(pair) for pair in found if pair and None not in pair]
     flips = sum(pair not in (("a", "b"), ("b", "a"), ("tie", "tie")) for pair in both)
@@ -760,8 +760,8 @@ def markdown(report):
 
 
 def write_report(report, prompts, responses, args):
-    """report.json, and report.html: a page that loads nothing and runs no script but its own. Texts
-    stand in it as JSON without "<", and so can neither end their element nor begin another."""
+    """Writes report.json, and report.html: a page that loads nothing and runs no script but its
+    own. Texts are in it as JSON without "<", so they can neither end their element nor open one."""
     folder, questions = Path(args.output_dir), list(map(text_of, prompts))
     (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False))
     texts = {name: [line["response"] for line in lines] for name, lines in responses.items()}

@@ -3,7 +3,7 @@
     python bench/toy.py                          three seeds of all, to bench/results/toy.json
     python bench/toy.py --seeds 1 --only spo     one seed of the runs with "spo" in their names
 
-A seed rules the order of the rows and the sampling of the answers; all runs start from toy/sft and
+A seed sets the order of the rows and the sampling of the answers; all runs start from toy/sft and
 its pairs.
 """
 

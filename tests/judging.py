@@ -5,8 +5,6 @@ import contextlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -20,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 import eval_judge
 
-ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-test-0123456789abcdefXYZ"
 RULE = """
 def judge(prompt, a, b):
@@ -80,18 +77,6 @@ def by_rule(message):
     _, a, b = parts_of(message)
     x, y = len(set(a.split())), len(set(b.split()))
     return "[[A]]" if x > y else "[[B]]" if y > x else "[[tie]]"
-
-
-def command(args, processes=0):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    start = [sys.executable, *(torchrun if processes else []), str(ROOT / "eval_judge.py")]
-    for name, value in args.items():
-        start += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return start
-
-
-def run(args, processes=0):
-    return subprocess.run(command(args, processes), capture_output=True, text=True, timeout=300)
 
 
 class Server(ThreadingHTTPServer):

@@ -35,8 +35,10 @@ def metrics(folder):
 
 def command(script, options, processes=0):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, *(torchrun if processes else []), str(ROOT / script), *flags]
+    start = [sys.executable, *(torchrun if processes else []), str(ROOT / script)]
+    for name, value in options.items():
+        start += [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
+    return start
 
 
 def run(script, options, processes=0, **kwargs):

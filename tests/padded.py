@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import tiny
 import torch
+from rows import write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -78,18 +79,13 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def chats(path, count):
     """Some with a system turn before all others, some with a question after the last answer."""
     rows = read(tiny.chats(path, count))
     for place, row in enumerate(rows):
         row["messages"] = [tiny.turn("system", "be quick")] * (place % 2) + row["messages"]
         row["messages"] += [tiny.turn("user", "and a fox")] * (place % 4 > 1)
-    return write(path, rows)
+    return write_lines(path, rows)
 
 
 def encoded(messages, tokenizer, scored_from=0):

@@ -418,6 +418,10 @@ def test_links_lead_somewhere():
         assert (ROOT / "docs" / path).exists() and (anchor in anchors or not anchor), link
 
 
+def test_the_page_is_of_a_length_that_is_read():
+    assert 200 < len(TEXT.splitlines()) <= 400
+
+
 COMMANDS = "alpha beta gamma sigma pi exp log cosh sum infty mathrm text quad lvert rvert"
 COMMANDS += " gt lt ge le cdot"
 

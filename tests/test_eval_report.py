@@ -20,7 +20,8 @@ CHROMIUM = next(filter(None, BROWSERS), None)
 
 
 def test_win_rate_and_standard_error_by_hand():
-    """Scores 1, 1/2, 0, 1: mean 5/8, squared deviations (9 + 1 + 25 + 9) / 64, so the variance is 11/48."""
+    """Scores 1, 1/2, 0, 1: mean 5/8, squared deviations (9 + 1 + 25 + 9) / 64, so the variance is
+    11/48."""
     rate, error = eval_judge.win_rate(np.array([1, 0.5, 0, 1]))
     assert rate == 62.5
     assert error == pytest.approx(100 * math.sqrt(11 / 48 / 4), rel=1e-12)

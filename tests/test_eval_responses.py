@@ -7,7 +7,8 @@ import shutil
 import pytest
 import tiny
 import torch
-from judging import evaluate, journal, run, settings
+from judging import evaluate, journal, settings
+from launch import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -193,7 +194,7 @@ def test_kinds_of_prompts(models, tmp_path, kind):
 
 def test_two_processes_write_what_one_writes(world, models, tmp_path):
     args = settings(world, models, tmp_path / "two", num_prompts=9)
-    done = run(args, processes=2)
+    done = run("eval_judge.py", args, processes=2, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     shares = [len(open(tmp_path / f"two/responses.{rank}.jsonl").readlines()) for rank in (0, 1)]
     assert shares == [10, 8]

@@ -18,7 +18,6 @@ import tiny
 from judging import (
     KEY,
     by_rule,
-    command,
     completion,
     endpoint,
     evaluate,
@@ -29,6 +28,7 @@ from judging import (
     settings,
     wait_for_verdicts,
 )
+from launch import command
 
 import eval_judge
 
@@ -49,7 +49,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(world, models, generated, t
     args = settings(world, models, out, **endpoint(server, concurrency=4))
     environment = os.environ | {"JUDGE_API_KEY": KEY}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    process = subprocess.Popen(command(args), env=environment, **pipes)
+    process = subprocess.Popen(command("eval_judge.py", args), env=environment, **pipes)
     wait_for_verdicts(20, process, out)
     assert KEY.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
     process.send_signal(signal.SIGKILL)
@@ -91,7 +91,7 @@ def test_ctrl_c_keeps_what_is_done(world, models, generated, tmp_path, serve):
     server = serve(reply)
     args = settings(world, models, out, **endpoint(server, concurrency=2))
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process = subprocess.Popen(command(args), text=True, **pipes)
+    process = subprocess.Popen(command("eval_judge.py", args), text=True, **pipes)
     wait_for_verdicts(5, process, out)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=20)
@@ -155,7 +155,7 @@ def test_a_real_server_behind_a_counting_proxy(
     proxy, out = serve(forward), tmp_path / "out"
     shutil.copytree(generated, out)
     args = endpoint(proxy, judge=str(first_judge), concurrency=16, judge_max_tokens=8)
-    run = command(settings(world, models, out, **args))
+    run = command("eval_judge.py", settings(world, models, out, **args))
     process = subprocess.Popen(run, stderr=subprocess.PIPE)
     wait_for_verdicts(5, process, out)
     process.kill()

@@ -4,6 +4,7 @@ metrics by class. That none of it depends on the number of processes is in test_
 import json
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 import tiny
@@ -20,9 +21,7 @@ REAL_ROWS = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpaired_
 
 
 def settings(world, out, **others):
-    shared = dict(model=f"{world}/llama", dataset=f"{world}/data", output_dir=str(out))
-    shared |= dict(batch_size=32, tokens_per_micro_batch=600, learning_rate=1e-3)
-    return kto.Args(**shared | dict(eval_every=0, save_every=0) | others)
+    return kto.Args(**launch.settings(world, out, **dict(save_every=0) | others))
 
 
 def loaded(args):
@@ -232,10 +231,10 @@ def test_the_evaluation_before_the_first_step_is_what_computing_gives(world, tmp
     policy = common.load_model(args, run)
     common.add_reference(policy, train, held_out, args, run)
     common.add_reference(policy, pairs, held_out_pairs, args, run)
-    before = policy.tokens_computed
-    taken = kto.evaluate(policy, held_out, held_out_pairs, 0, args, run)
+    held_out.mismatched, before = held_out_pairs, policy.tokens_computed
+    taken = kto.evaluate(policy, held_out, 0, args, run)
     assert policy.tokens_computed == before and taken == pytest.approx(first, abs=1e-12)
-    computed = kto.evaluate(policy, held_out, held_out_pairs, 1, args, run)
+    computed = kto.evaluate(policy, held_out, 1, args, run)
     assert policy.tokens_computed == before + held_out.tokens.sum() + held_out_pairs.tokens.sum()
     assert computed.pop("eval/tokens_per_second") > 0
     assert computed == pytest.approx(first, rel=1e-6, abs=1e-5)

@@ -18,8 +18,8 @@ from padded import (
     rows_of,
     settle,
     table,
-    write,
 )
+from rows import write_lines
 
 import common
 import sft
@@ -45,7 +45,7 @@ def test_cut_and_identical_answers_equal_the_padded_forward(kind, tmp_path):
     folder, data = tiny.model(tmp_path / "model", kind), tiny.pairs(tmp_path / "pairs.jsonl", 6)
     pairs = read(data)
     pairs[1]["rejected"] = pairs[1]["chosen"]
-    rows = encoded_rows(folder, write(data, pairs))
+    rows = encoded_rows(folder, write_lines(data, pairs))
     max_length = max(mask.index(True) for row in rows for _, mask in row) + 1
     start = settle(folder, data, max_length=max_length)
     assert 1 in start.train.lengths
@@ -79,7 +79,7 @@ def short_and_long(folder, words):
     """Six pairs of a few words and two of up to so many."""
     short = tiny.pairs(folder / "short.jsonl", 6, 1, 8)
     long = tiny.pairs(folder / "long.jsonl", 2, 1, words)
-    return write(folder / "pairs.jsonl", read(short) + read(long))
+    return write_lines(folder / "pairs.jsonl", read(short) + read(long))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma2"])
@@ -130,7 +130,7 @@ def test_a_token_reaches_only_its_own_continuations(kind, place, tmp_path):
             x, y, z = map(" ".join, words)
             turns = tiny.turn("user", x), tiny.turn("assistant", y), tiny.turn("assistant", z)
             rows.append({"chosen": [turns[0], turns[1]], "rejected": [turns[0], turns[2]]})
-        return write(tmp_path / f"{part}.jsonl", rows)
+        return write_lines(tmp_path / f"{part}.jsonl", rows)
 
     start = settle(tiny.model(tmp_path / "model", kind), variant(None))
     before = packed(start)

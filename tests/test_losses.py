@@ -391,6 +391,13 @@ def test_kto_by_hand(r, desirable, loss, slope):
     assert kto_loss_and_slope(r, desirable, 2.0, **knobs) == close(loss, slope)
 
 
+def test_kto_keeps_its_gradient_in_the_tail():
+    """beta = 1, r - z0 = 20: the loss s(-20) = 1 / (1 + e^20) is 2.0611537e-9, and the slope its
+    opposite to 9 digits. In float32 1 - s(20) is 0, and so is its slope, s(20) (1 - s(20))."""
+    found = kto_loss_and_slope(20.0, True, 0.0, torch.float32, beta=1.0)
+    assert found == pytest.approx([2.0611537e-9, -2.0611537e-9], rel=1e-6)
+
+
 def test_z0_is_a_mean_of_log_ratios_that_is_not_negative():
     policy, ref = torch.tensor([-1.0, -2.0, -6.0, -7.0]), torch.tensor([-4.0, -3.0, -8.0, -5.0])
     assert z0(policy, ref).item() == (3 + 1 + 2 - 2) / 4

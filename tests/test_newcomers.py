@@ -143,7 +143,8 @@ def test_without_the_hub_the_toy_recipe_is_named(world, tmp_path, missing):
     )
     assert done.returncode == 2 and done.stderr.count("error:") == 1
     message = next(line for line in done.stderr.splitlines() if line.startswith("error:"))
-    assert f"--{missing} someone/something" in message and "--config recipes/toy.yaml" in message
+    named = {"model": "--model someone/something", "dataset": "--dataset: someone/something"}
+    assert named[missing] in message and "--config recipes/toy.yaml" in message
 
 
 def test_a_run_draws_its_curves(world, tmp_path):

@@ -15,25 +15,23 @@ from transformers import (
 )
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = (
-    "the quick brown fox jumps over a lazy dog while seven wizards quietly brew strong tea for us all".split()
-)
+SPECIAL = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards quietly brew strong tea"
+WORDS = f"{SENTENCE} for us all".split()
 
 
-def tokenizer(
-    template=CHATML, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), eos="<|im_end|>", size=400
-):
+def tokenizer(template=CHATML, special=SPECIAL, eos="<|im_end|>", size=400):
     """A byte-level BPE, as Qwen's and Llama 3's are, trained on a few words."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
-    )
+    options = dict(special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, **options)
     bpe.train_from_iterator([" ".join(WORDS), "user assistant system"] * 4, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, pad_token=special[0])
     fast.chat_template = template
@@ -58,7 +56,11 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=7, head_dim=8),
     "gemma2": lambda: Gemma2Config(
-        **SIZES, head_dim=8, sliding_window=7, attn_logit_softcapping=5.0, final_logit_softcapping=3.0
+        **SIZES,
+        head_dim=8,
+        sliding_window=7,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
     ),
 }
 
@@ -81,7 +83,8 @@ def sentences(seed, words=12):
     generator = torch.Generator().manual_seed(seed)
     while True:
         length = int(torch.randint(1, words + 1, (), generator=generator))
-        yield " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator).tolist())
+        chosen = torch.randint(len(WORDS), (length,), generator=generator).tolist()
+        yield " ".join(WORDS[i] for i in chosen)
 
 
 def turn(role, content):
@@ -94,8 +97,9 @@ def pairs(path, count, seed=0, words=12):
     with open(path, "w") as file:
         for _ in range(count):
             prompt = [turn("user", next(text))]
-            row = {side: prompt + [turn("assistant", next(text))] for side in ("chosen", "rejected")}
-            file.write(json.dumps(row) + "\n")
+            chosen = prompt + [turn("assistant", next(text))]
+            rejected = prompt + [turn("assistant", next(text))]
+            file.write(json.dumps(dict(chosen=chosen, rejected=rejected)) + "\n")
     return path
 
 

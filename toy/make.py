@@ -1,9 +1,11 @@
-"""Makes the toy world: toy/model (tokenizer, config, no weights), toy/data (chats, pairs, labelled rows).
+"""Makes the toy world: toy/model (tokenizer, config, no weights) and toy/data (chats, pairs and
+labelled rows).
 
-The task is to name words: requests in six phrasings and three kinds (plain, "but not fig", "in alphabetical
-order"), each with hundreds of right answers. Flawed answers differ in kind and degree: words of another
-category, too many, too few, a broken rule, a wrong format, chatter, a refusal. A third of the combinations of
-category and number, two for each number, occurs in the held-out files alone.
+The task is to name words. Requests come in six phrasings and three kinds (plain, "but not fig", "in
+alphabetical order"), each with hundreds of right answers. Flawed answers differ in kind and degree:
+words of another category, too many, too few, a broken rule, a wrong format, chatter, a refusal. A
+third of the combinations of category and number, two for each number, is in the held-out files
+alone.
 
     python toy/make.py                            the same files again, from a fixed seed
     python sft.py --config recipes/toy.yaml       toy/sft is a copy of the model that this writes
@@ -43,14 +45,15 @@ FORMATS = [  # none of them is a list with commas and one "and"
 ]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 RIGHT_IN_CHATS = 0.65  # the share of right answers that the SFT model learns from
 
 
 def combinations():
-    """(for training, held out): pairs of category and number, of which two of each number are held out."""
+    """(for training, held out): pairs of category and number, two of each number held out."""
     train, held_out = [], []
     for number in NUMBERS:
         categories = random.Random(number).sample(sorted(CATEGORIES), len(CATEGORIES))
@@ -62,11 +65,17 @@ def combinations():
 def request(rng, pool):
     """A request for one of the combinations: what is asked, and its text."""
     category, number = rng.choice(pool)
-    asked = dict(category=category, number=rng.choice([number, str(NUMBERS[number])]), count=NUMBERS[number])
+    count = NUMBERS[number]
+    asked = dict(category=category, number=rng.choice([number, str(count)]), count=count)
     asked["kind"] = rng.choice(["plain", "plain", "without", "sorted"])
     asked["excluded"] = rng.choice(CATEGORIES[category]) if asked["kind"] == "without" else None
-    rule = {"plain": "", "without": f" but not {asked['excluded']}", "sorted": " in alphabetical order"}
-    text = rng.choice(PHRASINGS).format(f"{asked['number']} {category}{rule[asked['kind']]}")
+    rules = {
+        "plain": "",
+        "without": f" but not {asked['excluded']}",
+        "sorted": " in alphabetical order",
+    }
+    words = f"{asked['number']} {category}{rules[asked['kind']]}"
+    text = rng.choice(PHRASINGS).format(words)
     return asked, text
 
 
@@ -78,7 +87,7 @@ def right_words(rng, asked, count):
 
 
 def written(rng, asked, words, separator=", ", last=" and ", end="."):
-    """The words as an answer, half of the time behind an opening."""
+    """The words as an answer, half of the time after an opening."""
     opening = rng.choice(["", "", "Sure: ", f"Here are {asked['number']} {asked['category']}: "])
     return opening + separator.join(words[:-1]) + (last if len(words) > 1 else "") + words[-1] + end
 
@@ -104,7 +113,8 @@ def broken_rule(rng, asked, words):
 
 
 def flawed_answer(rng, asked):
-    """An answer with a flaw of one kind, of words also with another one in a quarter of the cases."""
+    """An answer with a flaw of one kind. In a quarter of those that are lists with the right format
+    and without chatter, words of another category come on top."""
     count = asked["count"]
     words = right_words(rng, asked, count)
     flaws = ["wrong", "wrong", "wrong", "more", "fewer", "chatter", "refusal"]
@@ -133,14 +143,16 @@ def turn(role, content):
 
 def chat(rng, pool):
     asked, text = request(rng, pool)
-    answer = right_answer(rng, asked) if rng.random() < RIGHT_IN_CHATS else flawed_answer(rng, asked)
+    make_answer = right_answer if rng.random() < RIGHT_IN_CHATS else flawed_answer
+    answer = make_answer(rng, asked)
     return {"messages": [turn("user", text), turn("assistant", answer)]}
 
 
 def pair(rng, pool):
     asked, text = request(rng, pool)
-    answers = dict(chosen=right_answer(rng, asked), rejected=flawed_answer(rng, asked))
-    return {"prompt": text} | {side: [turn("assistant", answer)] for side, answer in answers.items()}
+    chosen = [turn("assistant", right_answer(rng, asked))]
+    rejected = [turn("assistant", flawed_answer(rng, asked))]
+    return {"prompt": text, "chosen": chosen, "rejected": rejected}
 
 
 def labelled(rng, pool):
@@ -172,9 +184,13 @@ def make_tokenizer():
         *CATEGORIES,
         *(word for words in CATEGORIES.values() for word in words),
     ]
-    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    tokens = {token: None for text in texts for token, _ in split.pre_tokenize_str(text.replace("{}", ""))}
-    vocabulary = {token: place for place, token in enumerate([*SPECIAL, *tokens])}
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    vocabulary = {token: place for place, token in enumerate(SPECIAL)}
+    for text in texts:
+        for token, _ in split.pre_tokenize_str(text.replace("{}", "")):
+            vocabulary.setdefault(token, len(vocabulary))
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.pre_tokenizer = split
@@ -182,10 +198,13 @@ def make_tokenizer():
     tokenizer.decoder = decoders.Sequence(
         [decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(), *marks]
     )
-    named = dict(
-        zip(("pad_token", "eos_token", "unk_token"), (SPECIAL[0], SPECIAL[2], SPECIAL[3]), strict=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+        pad_token=SPECIAL[0],
+        eos_token=SPECIAL[2],
+        unk_token=SPECIAL[3],
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **named)
 
 
 def write_model(folder):
@@ -209,7 +228,7 @@ def write_model(folder):
 
 
 def write_data(folder):
-    """Every file from a seed of its own, so that one can be changed and the others stay."""
+    """Each file has a seed of its own, so that one can change and the others stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, pool in zip(("train", "test"), combinations(), strict=True):
         for name, make_row, sizes in SPLITS:
@@ -217,7 +236,8 @@ def write_data(folder):
             rows = [make_row(rng, pool) for _ in range(sizes[split])]
             if name == "sft":  # as text it would be larger than all else here
                 table = pyarrow.Table.from_pylist(rows)
-                pyarrow.parquet.write_table(table, folder / f"{split}_{name}.parquet", compression="zstd")
+                path = folder / f"{split}_{name}.parquet"
+                pyarrow.parquet.write_table(table, path, compression="zstd")
             else:
                 lines = [json.dumps(row) + "\n" for row in rows]
                 (folder / f"{split}_{name}.jsonl").write_text("".join(lines))
@@ -225,7 +245,8 @@ def write_data(folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", nargs="?", default=Path(__file__).parent, type=Path, help="default: toy/")
+    here = Path(__file__).parent
+    parser.add_argument("folder", nargs="?", default=here, type=Path, help="default: toy/")
     folder = parser.parse_args().folder
     write_model(folder / "model")
     write_data(folder / "data")

@@ -34,10 +34,10 @@ def held_out_requests(count):
 
 
 def answers(folder, requests, samples, seed):
-    """`samples` answers of the model to each request, request by request, as `respond` in
-    eval_judge.py keeps them: a dict each, with its text, tokens and entropy."""
+    """`samples` answers of the model to each request, request by request: a dict each, with its
+    text, tokens and entropy, as `generate_all` in eval_judge.py makes them."""
     model = eval_judge.open_model(str(folder))
-    prompts = {}  # the key of an answer, from which its random numbers come: prompt ids
+    prompts = {}  # prompt ids, by the answer's key, from which its random numbers come
     for request in requests:
         chat = [dict(role="user", content=request)]
         ids = data.to_ids(chat, model.tokenizer, header=True)
@@ -46,8 +46,8 @@ def answers(folder, requests, samples, seed):
     longest = max(map(len, prompts.values())) + MAX_NEW_TOKENS
     network = eval_judge.load_network(model, longest)
     options = dict(batch_size=BATCH_SIZE, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS)
-    found = eval_judge.generate_all(network, model.tokenizer, prompts, **options)
-    lines = dict(tqdm(found, str(folder), total=len(prompts), unit="answer", leave=False))
+    generated = eval_judge.generate_all(network, model.tokenizer, prompts, **options)
+    lines = dict(tqdm(generated, str(folder), total=len(prompts), unit="answer", leave=False))
     return [lines[key] for key in prompts]
 
 
