@@ -1,8 +1,8 @@
-"""What the scripts share, in the order in which a run meets it; data.py has what turns rows into
-batches. No method is named here.
+"""What the scripts share, in the order in which a run meets it. Nothing here depends on the method.
+data.py has what turns rows into batches; its class Batch is worth reading first.
 
 Letters in shapes: B rows, R responses, T tokens and N scored tokens of a micro-batch; H hidden
-size, V vocabulary. Log-probs are in nats, summed over a response's scored tokens."""
+size, V vocabulary. A log-prob is in nats, of a token (N,) or summed over a response's (R,)."""
 
 import contextlib
 import datetime
@@ -49,8 +49,8 @@ HERE = Path(__file__).resolve().parent
 
 # ---- Settings and errors ----
 def fail(message):
-    """Ends the program over something that its user can mend: one line on stderr, exit code 2."""
-    # Before the processes have met, each of them finds the same fault, and rank 0 reports it.
+    """Ends the program over an error that its user can fix: one line on stderr, exit code 2."""
+    # Before init_process_group every process finds the same error, and rank 0 prints it.
     if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
         print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -58,17 +58,18 @@ def fail(message):
 
 @contextlib.contextmanager
 def user_errors(context):
-    """Ends the program with one line where libraries, which raise anything, read a user's input."""
+    """Turns any exception of the block into `fail`: for code that reads what the user has named."""
     try:
         yield
     except Exception as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        fail(f"{context}: {kind}{str(error).strip().partition(chr(10))[0]}")
+        first_line = str(error).strip().partition("\n")[0]
+        fail(f"{context}: {kind}{first_line}")
 
 
 def parse_args(Args):
-    """The settings: the defaults of `Args`, then `--config FILE.yaml`, then the command line. What
-    `Args.__post_init__`, the method's own checks, finds wrong (ValueError) is shown as one line."""
+    """The settings: the defaults of `Args`, then `--config FILE.yaml`, then the command line. A
+    ValueError of `Args.__post_init__`, the method's own checks, ends the program with one line."""
     script = Path(inspect.getfile(Args))
     summary = (inspect.getmodule(Args).__doc__ or "").partition("\n")[0]
     parser = transformers.HfArgumentParser(Args, allow_abbrev=False, description=summary)
@@ -88,15 +89,16 @@ def parse_args(Args):
 def recipe_arguments(path, script):
     """A recipe's settings for this script, as arguments. Its top-level keys are for all scripts
     that have such a setting, the keys under a script's name for that one alone, and these win."""
-    # The other scripts' settings are read from their text, as importing them would run them.
+    # Read from the scripts' lines "name: type = HfArg(...", as importing them would run them.
     setting = re.compile(r"^    (\w+): .* = HfArg\(", re.MULTILINE)
     scripts = {script, *HERE.glob("*.py")}
     settings_of = {file.stem: setting.findall(file.read_text()) for file in scripts}
     with user_errors(f"--config {path} cannot be read"):
         recipe = dict(yaml.safe_load(path.read_text()) or {})
         sections = {name: dict(recipe.pop(name, None) or {}) for name in settings_of}
-    for key in recipe.keys() - set().union(*settings_of.values()):
-        fail(f"--config {path}: no script has a setting {key!r}")
+    unknown = recipe.keys() - set().union(*settings_of.values())
+    if unknown:
+        fail(f"--config {path}: no script has a setting {', '.join(unknown)}")
     shared = {key: value for key, value in recipe.items() if key in settings_of[script.stem]}
     arguments = []
     for key, value in (shared | sections[script.stem]).items():
@@ -107,22 +109,24 @@ def recipe_arguments(path, script):
     return arguments
 
 
-SIZES = """batch_size tokens_per_micro_batch max_length max_grad_norm keep_checkpoints
-    num_train_epochs"""
-RATES = "max_steps warmup_ratio eval_every save_every export_every learning_rate seed"
+POSITIVE = """batch_size tokens_per_micro_batch max_length max_grad_norm keep_checkpoints
+    num_train_epochs""".split()
+NOT_NEGATIVE = "max_steps eval_every save_every export_every learning_rate seed".split()
 # What `--resume` may change: how long the run is, how it is computed, and what it reports.
 MAY_CHANGE = """resume output_dir num_train_epochs max_steps tokens_per_micro_batch
     gradient_checkpointing eval_every save_every keep_checkpoints export_every report_to""".split()
 
 
 def check_settings(args):
-    """What holds for every method. The output folder is empty, or `--resume` finds its run."""
-    for name in SIZES.split():
+    """Checks the shared settings, makes output_dir, and under `--resume` compares with its run."""
+    for name in POSITIVE:
         if getattr(args, name) <= 0:
             fail(f"--{name} must be above 0")
-    for name in RATES.split():
+    for name in NOT_NEGATIVE:
         if getattr(args, name) < 0:
             fail(f"--{name} must be 0 or more")
+    if not 0 <= args.warmup_ratio <= 1:
+        fail("--warmup_ratio must be a share of the steps, from 0 to 1")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         fail(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
     folder = Path(args.output_dir)
@@ -140,8 +144,8 @@ def check_settings(args):
 
 # ---- Processes ----
 def start(args):
-    """Joins the processes that torchrun started (without it, one process is all) and checks the
-    settings. Sets `sys.excepthook`, so that Ctrl-C and a full memory say what to do."""
+    """Begins a run: crash messages (`sys.excepthook`), device, determinism, the process group of
+    torchrun's processes (without it, of one), settings and output folder."""
     sys.excepthook = partial(report_crash, args)
     cuda = torch.cuda.is_available()
     if cuda:
@@ -170,9 +174,9 @@ def report_crash(args, kind, error, traceback):
         then = "goes on from the last checkpoint" if saved else "begins again: no checkpoint yet"
         print0(f"interrupted; the same command with --resume {then}")
     elif issubclass(kind, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        budget = f"{args.tokens_per_micro_batch} now; a row may have --max_length {args.max_length}"
-        ways = f"lower --tokens_per_micro_batch ({budget}), give --gradient_checkpointing, or"
-        print(f"error: out of memory: {ways} take more GPUs\n{error}", file=sys.stderr, flush=True)
+        budget = f"{args.tokens_per_micro_batch} now; a pair may have twice --max_length"
+        ways = f"lower --tokens_per_micro_batch ({budget}), set --gradient_checkpointing"
+        print(f"error: out of memory: {ways}, use more GPUs\n{error}", file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, traceback)
 
@@ -219,10 +223,10 @@ class Run:
         self.mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
         self.tracker = None  # opened by the first `log`
 
-    def progress(self, first_step, last_step):
+    def progress(self, first_step, num_steps):
         """The steps that are left, under a bar that `log` keeps up to date."""
-        options = dict(total=last_step, initial=first_step, unit="step", disable=self.rank > 0)
-        self.bar = tqdm(range(first_step, last_step), "train", **options)
+        options = dict(total=num_steps, initial=first_step, unit="step", disable=self.rank > 0)
+        self.bar = tqdm(range(first_step, num_steps), "train", **options)
         return self.bar
 
     def log(self, step, metrics):
@@ -267,7 +271,7 @@ def model_folder(name, weights=False):
     patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
     if weights:
         patterns.append("*.safetensors")
-    options = dict(allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])  # copies
+    options = dict(allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])  # duplicates
     with user_errors(f"--model {name}: {data.NOT_FOUND} ({data.OFFLINE})"):
         return Path(huggingface_hub.snapshot_download(name, **options))
 
@@ -278,34 +282,20 @@ def load_tokenizer(name):
         return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
 
 
-def load_pairs(args, tokenizer):
-    """Pairs: `chosen` and `rejected`, with `prompt` where these are completions alone."""
-    return load_splits(args, tokenizer, data.encode_pair)
-
-
-def load_unpaired(args, tokenizer):
-    """Labelled rows: `prompt`, `completion` and `label`, or pairs taken apart."""
-    return load_splits(args, tokenizer, data.encode_unpaired)
-
-
-def load_chats(args, tokenizer):
-    """Chats with every assistant turn scored: `messages`, or `prompt` and `completion`."""
-    return load_splits(args, tokenizer, data.encode_chat)
-
-
 def load_splits(args, tokenizer, encode):
-    """(training split, held-out split or None), tokenized. Prints what was kept and dropped."""
+    """(training split, held-out split or None), tokenized, with rows enough. Prints the counts."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     inputs = encode, tokenizer, args.max_length
     with rank_zero_first(), user_errors("--dataset"):
         train, summary = data.tokenize(args.dataset, args.train_split, *inputs)
         print0(summary)
         if not processes <= args.batch_size <= len(train):
-            fail(f"--batch_size {args.batch_size}: {processes} processes and {len(train)} rows")
+            limits = f"{processes} (the processes) to {len(train)} (the rows)"
+            fail(f"--batch_size {args.batch_size} must be from {limits}")
         steps, left_out = divmod(len(train), args.batch_size)
         size = f"{steps} steps, {train.tokens.mean():.0f} tokens a row"
         print0(f"an epoch: {size}, {left_out} rows left out")
-        if not args.eval_split:
+        if not args.eval_split or args.eval_every == 0:
             return train, None
         if Path(args.dataset).is_file() and args.eval_split != args.train_split:
             print0(f"{args.eval_split}: none, as --dataset is one file")
@@ -317,27 +307,33 @@ def load_splits(args, tokenizer, encode):
     return train, held_out
 
 
+load_pairs = partial(load_splits, encode=data.encode_pair)  # rows of `chosen` and `rejected`
+load_unpaired = partial(load_splits, encode=data.encode_unpaired)  # `completion` and `label`
+load_chats = partial(load_splits, encode=data.encode_chat)  # `messages`, or one `completion`
+
+
 # ---- Attention ----
 def packed_attention(module, query, key, value, attention_mask, scaling, batch=None, **options):
-    """Causal attention of each response to its prompt and itself, as transformers calls it in every
-    layer. query (1, heads, T, d), key and value (1, kv_heads, T, d) -> (1, T, heads, d), None."""
+    """What transformers calls in every layer: each response attends causally to its prompt and
+    itself. query (1, heads, T, d), key and value (1, kv_heads, T, d), batch a data.Batch ->
+    (1, T, heads, d), None."""
     if attention_mask is not None or batch is None:
-        fail(f"--model: {type(module).__name__} makes a mask of its own or drops arguments")
+        fail(f"--model: {type(module).__name__} makes its own mask or does not pass on arguments")
     window, softcap = options.get("sliding_window"), options.get("softcap")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
-    key, value = key[batch.key_index], value[batch.key_index]  # a prompt's again for each response
+    key, value = key[batch.key_index], value[batch.key_index]  # prompts once for each response
     if query.is_cuda and softcap is None:
-        group = query.shape[1] // key.shape[1]  # torch 2.11 has no enable_gqa here
+        group = query.shape[1] // key.shape[1]  # in torch 2.11 it has no enable_gqa
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
         offsets = batch.query_offsets, batch.key_offsets
         longest = max(batch.query_lengths), max(batch.key_lengths)
-        # Its causal mask is aligned to the last key, as fewer queries than keys need.
+        # It aligns its causal mask to the last key, as it must with fewer queries than keys.
         window_size = (window - 1 if window else -1, 0)  # keys to the left and right of a query
         options = dict(scale=scaling, window_size=window_size)
         out = varlen_attn(query, key, value, *offsets, *longest, **options)
     else:
         attend = response_attention
-        if softcap:  # its scores would all be kept for backward: they are computed again instead
+        if softcap:  # recompute the scores in backward, instead of keeping them
             attend = partial(checkpoint, response_attention, use_reentrant=False)
         queries = query.split(batch.query_lengths)
         keys, values = key.split(batch.key_lengths), value.split(batch.key_lengths)
@@ -347,7 +343,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling, batch=N
 
 
 def response_attention(query, key, value, scaling, window, softcap):
-    """One response: query (Q, heads, d) is the last Q places of key and value (K, kv_heads, d)."""
+    """Of one response: query (Q, heads, d) belongs to the last Q of the K positions of key and
+    value (K, kv_heads, d). Returns (Q, heads, d)."""
     queries, keys = len(query), len(key)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, _, d)
     mask = None
@@ -368,7 +365,7 @@ def response_attention(query, key, value, scaling, window, softcap):
 
 # ---- The model ----
 class LogprobModel(torch.nn.Module):
-    """A Hugging Face model that gives log-probs. The LM head is in here, where FSDP gathers it."""
+    """A Hugging Face model whose `forward` gives log-probs: there FSDP has the whole LM head."""
 
     def __init__(self, hf_model):
         super().__init__()
@@ -420,7 +417,7 @@ def load_model(args, run):
     size = sum(parameter.numel() for parameter in model.parameters())
     print0(f"{size:,} parameters, computing in {run.compute_dtype} on {run.device.type}")
     memory = f"{16 * size / run.world_size / 1e9:.2f} GB"  # all in float32
-    print0(f"memory per process: {memory} for weights, gradients and AdamW, and activations")
+    print0(f"memory per process: {memory} for weights, gradients and moments, plus activations")
     return model.eval()  # that is, without dropout
 
 
@@ -430,10 +427,10 @@ def shard(model, args, run):
     precision = MixedPrecisionPolicy(run.compute_dtype, **options)
     for block in list(model.modules()):
         if type(block).__name__ in model.hf_model._no_split_modules:
-            if args.gradient_checkpointing:
+            if args.gradient_checkpointing:  # backward recomputes the block's activations
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             fully_shard(block, mesh=run.mesh, mp_policy=precision)
-    # By default the root stays gathered after a forward, and a checkpoint would take these copies.
+    # By default FSDP leaves the root's parameters gathered after a forward, not sharded as saved.
     fully_shard(model, mesh=run.mesh, mp_policy=precision, reshard_after_forward=True)
 
 
@@ -480,7 +477,7 @@ def refuse_unsupported(model, args):
 
 
 # ---- Log-probs ----
-KEPT_LOGITS_BYTES = 4e9  # with more, logits are not kept for backward but computed again
+KEPT_LOGITS_BYTES = 4e9  # above this, backward recomputes the logits
 
 
 def token_logps(hidden, weight, targets, softcap=None, entropy=False):
@@ -496,22 +493,24 @@ class TokenLogps(torch.autograd.Function):
         d logp / d hidden = (d logp / d z) @ weight
         d logp / d weight = (d logp / d z).T @ hidden
 
-    Soft-capping, z = c tanh(z' / c), puts the factor d z / d z' = 1 - (z / c)^2 after the first
-    line. Autograd would keep z and its softmax, (N, V) each, in float32. Here z is in float32 for a
-    slice of the N rows at a time; what is kept of it is in the compute dtype, and is turned into
-    its gradient in place."""
+    With soft-capping, z = c tanh(z' / c) of the logits z', the first line gets a factor d z / d z'
+    = 1 - (z / c)^2. Autograd would keep z and its softmax in float32, (N, V) each. Here a slice of
+    tokens at a time is in float32; z' is kept in the compute dtype, if it fits in
+    KEPT_LOGITS_BYTES, and backward overwrites it with its gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, entropy, train):
+    def forward(ctx, hidden, weight, targets, softcap, entropy, needs_grad):
         kept, logps, log_sums, entropies = None, [], [], []
-        if train and len(hidden) * len(weight) * hidden.element_size() <= KEPT_LOGITS_BYTES:
+        if needs_grad and len(hidden) * len(weight) * hidden.element_size() <= KEPT_LOGITS_BYTES:
             kept = hidden.new_empty(len(hidden), len(weight))
         for rows in slices(hidden, weight):
-            raw = torch.mm(hidden[rows], weight.T, out=None if kept is None else kept[rows])
+            out = None if kept is None else kept[rows]
+            raw = torch.mm(hidden[rows], weight.T, out=out)
             logits = soft_capped(raw, softcap)
             log_sum = logits.logsumexp(-1)
             log_sums.append(log_sum)
-            logps.append(logits.gather(1, targets[rows, None])[:, 0] - log_sum)
+            target_logits = logits.gather(1, targets[rows, None])[:, 0]
+            logps.append(target_logits - log_sum)
             if entropy:
                 entropies.append(log_sum - (logits.softmax(-1) * logits).sum(-1))
         ctx.softcap = softcap
@@ -543,19 +542,19 @@ class TokenLogps(torch.autograd.Function):
 
 
 def slices(hidden, weight):
-    """Slices of the N rows whose logits take 256 MB in float32."""
+    """Slices of the N scored tokens, whose logits take at most 256 MiB in float32."""
     size = max(1, 2**26 // len(weight))
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
 def soft_capped(logits, softcap):
-    """Logits as the softmax takes them, in float32 or wider."""
+    """Logits as the softmax takes them, in float32, or float64 in tests."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 class PairLogps(NamedTuple):
-    """Pairs: log-probs in nats, summed over a completion's scored tokens, and their number."""
+    """Log-probs of B pairs, in nats, summed over a completion's tokens, and how many these are."""
 
     chosen: torch.Tensor  # (B,)
     rejected: torch.Tensor  # (B,)
@@ -572,18 +571,18 @@ def as_pairs(logps, lengths):
 
 # ---- The reference: the policy before its first step ----
 def add_reference(model, train, held_out, args, run):
-    """Gives the splits the log-probs, and the held-out one the entropies, of the policy before its
-    first step. A file beside output_dir keeps them for all runs from the same model and rows."""
+    """Sets `ref` and `start` of the splits, and `ref_entropies` of the held-out one. Files in
+    reference/, beside output_dir, keep them for all runs from the same model and rows."""
     start = from_rank_zero(start_fingerprint(args.model, args.seed) if run.rank == 0 else None)
     for split in [train, held_out] if held_out else [train]:
         entropy = split is held_out
         key = [start, split.fingerprint, run.compute_dtype, run.device.type, "packed", entropy]
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
         path = run.output_dir.parent / "reference" / f"{name}.safetensors"
-        if from_rank_zero(path.is_file()):  # as one process sees it: another run may be writing it
+        if from_rank_zero(path.is_file()):  # rank 0 decides for all: another run may be writing it
             values, verb = load_file(path), "read from"
         else:
-            values, verb = compute_reference(model, split, entropy, args, run), "computed: kept in"
+            values, verb = compute_reference(model, split, entropy, args, run), "kept in"
             if run.rank == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
@@ -598,7 +597,8 @@ def add_reference(model, train, held_out, args, run):
 def compute_reference(model, split, entropy, args, run):
     """{"logps", "lengths" and, with `entropy`, "entropies": (rows, responses)}."""
     batches = whole_split(split, "reference", args, run)
-    rows, logps, entropies = zip(*[(batch.rows, *model(batch, entropy)) for batch in batches])
+    results = [(batch.rows, *model(batch, entropy)) for batch in batches]
+    rows, logps, entropies = zip(*results, strict=True)
     values = {"logps": gather_rows(split, rows, logps, run), "lengths": split.lengths}
     if entropy:
         values["entropies"] = gather_rows(split, rows, entropies, run)
@@ -606,7 +606,7 @@ def compute_reference(model, split, entropy, args, run):
 
 
 def gather_rows(split, rows, values, run):
-    """(rows, responses) of the split, from each process's batches: row numbers and values (R,)."""
+    """A (rows, responses) table, on all processes, of each one's row numbers and values (R,)."""
     table = torch.zeros(split.lengths.shape, device=run.device)
     for members, batch_values in zip(rows, values, strict=True):
         table[members] = batch_values.view(len(members), -1)
@@ -615,7 +615,7 @@ def gather_rows(split, rows, values, run):
 
 
 def start_fingerprint(name, seed):
-    """What start weights are known by: the hub's commit, its files' hashes, or config and seed."""
+    """Identifies the start weights: the hub's commit, hashes of the files, or config and seed."""
     folder = model_folder(name)
     if folder != Path(name):
         return folder.name
@@ -626,7 +626,7 @@ def start_fingerprint(name, seed):
 
 
 def check_reference(metrics, train, run):
-    """Prints how far the policy is from the reference before any update: by rounding alone."""
+    """Prints the largest log-ratio of a token before any update. Only rounding should remain."""
     largest = torch.zeros(())
     for rows, _, logps, _ in metrics.batches:
         logratios = logps.view(len(rows), -1).cpu() - train.ref[rows]
@@ -644,27 +644,26 @@ class Metrics:
     def __init__(self, model, run):
         self.model, self.run = model, run
         self.sums = {}  # {name: (2,), this process's sum and count}
-        self.batches = []  # (row numbers, losses, log-probs (R,), entropies (R,) or None) of each
+        self.batches = []  # (row numbers, losses (n,), log-probs (R,), entropies (R,) or None)
         self.tokens_before, self.started = model.tokens_computed, time.perf_counter()
 
-    def add(self, batch, logps, values, entropies=None):
-        """Adds a batch: its log-probs (R,), and {name: (n,)} or, for a sum over a sum, {name:
-        ((n,), (n,))}, with "loss" among the names."""
+    def add(self, batch, logps, losses, values, entropies=None):
+        """Adds a batch: its log-probs and, if known, entropies (R,), its losses (n,), and {name:
+        (n,)} of other values; for the mean of a sum over another, {name: ((n,), (n,))}."""
+        self.batches.append((batch.rows, losses.detach(), logps.detach(), entropies))
+        values = {"loss": losses} | values
         if entropies is not None:
-            values = values | {"entropy": (entropies, batch.lengths)}
+            values["entropy"] = entropies, batch.lengths
         for name, value in values.items():
-            value, count = value if isinstance(value, tuple) else (value, torch.ones_like(value))
-            sums = torch.stack([value.detach().double().sum(), count.double().sum()])
+            total, count = value if isinstance(value, tuple) else (value, torch.ones_like(value))
+            sums = torch.stack([total.detach().double().sum(), count.double().sum()])
             self.sums[name] = self.sums.get(name, 0) + sums
-            if name == "loss":
-                self.batches.append((batch.rows, value.detach(), logps.detach(), entropies))
 
     def add_pairs(self, batch, logps, losses, chosen_rewards, rejected_rewards, entropies=None):
         """Adds pairs, under TRL's names where it has them. logps, entropies: (2B,); rest: (B,)."""
         policy = as_pairs(logps, batch.lengths)
         ref = as_pairs(batch.ref_logps, batch.lengths)
         values = {
-            "loss": losses,
             "rewards/chosen": chosen_rewards,
             "rewards/rejected": rejected_rewards,
             "rewards/margins": chosen_rewards - rejected_rewards,
@@ -677,17 +676,18 @@ class Metrics:
         if ref is not None:
             values["logratios/chosen"] = policy.chosen - ref.chosen
             values["logratios/rejected"] = policy.rejected - ref.rejected
-        self.add(batch, logps, values, entropies)
+        self.add(batch, logps, losses, values, entropies)
 
     def reduce(self, prefix=""):
         """{name: mean over all processes}, and tokens_per_second. All processes must call this."""
-        totals = torch.stack(list(self.sums.values())).cpu()  # first, as it waits for the device
+        totals = torch.stack(list(self.sums.values())).cpu()  # waits for the GPU: the clock is next
         seconds = (time.perf_counter() - self.started) / self.run.world_size
         tokens = self.model.tokens_computed - self.tokens_before
         speed = torch.tensor([[tokens, seconds if tokens else 0]], dtype=torch.float64)
         totals = torch.cat([totals, speed])  # (names, 2)
         dist.all_reduce(totals)
         names = [prefix + name for name in [*self.sums, "tokens_per_second"]]
+        # A count is 0 where a class has no row, or nothing was computed.
         return {name: x / n for name, (x, n) in zip(names, totals.tolist(), strict=True) if n}
 
     def save_rows(self, split, step):
@@ -704,28 +704,28 @@ class Metrics:
 
 
 def stop_unless_finite(grad_norm, metrics, step):
-    """Ends the run before an update that would spoil the weights; checkpoints stay as they are."""
+    """Ends the run before an update by a gradient that is not finite; checkpoints stay."""
     if math.isfinite(grad_norm):
         return
     rows = torch.cat([torch.tensor(rows) for rows, *_ in metrics.batches])
     losses = torch.cat([losses.cpu() for _, losses, *_ in metrics.batches])
     bad = rows[~losses.isfinite()].tolist()
-    where = f"losses not finite in rows {bad}" if bad else f"losses finite in rows {rows.tolist()}"
+    where = f"losses not finite in rows {bad}" if bad else "all losses are finite"
     raise SystemExit(f"stopped in step {step + 1}: gradient norm {grad_norm}, {where}")
 
 
-def learning_rate(step, last_step, args):
-    """Linear warm-up, then half a cosine to 0, as transformers' cosine schedule has it."""
-    warmup = math.ceil(args.warmup_ratio * last_step)
+def learning_rate(step, num_steps, args):
+    """Linear warm-up from 0, then half a cosine to 0: transformers' cosine schedule."""
+    warmup = math.ceil(args.warmup_ratio * num_steps)
     if step < warmup:
         return args.learning_rate * (step / warmup)
-    progress = (step - warmup) / max(1, last_step - warmup)
+    progress = (step - warmup) / max(1, num_steps - warmup)
     return args.learning_rate * (0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def due(every, step, last_step):
-    """Whether what is done every so many steps, and at the end, is due after this one."""
-    return every > 0 and (step % every == 0 or step == last_step)
+def due(every, step, num_steps):
+    """Whether what is done every so many steps, and after the last, is due after this one."""
+    return every > 0 and (step % every == 0 or step == num_steps)
 
 
 # ---- Checkpoints ----
@@ -747,7 +747,8 @@ def training_state(model, optimizer):
 
 
 def save_checkpoint(model, optimizer, train, step, args, run):
-    """Writes checkpoints/step-<step>, which gets that name when all of it is on the disk."""
+    """Writes checkpoints/step-<step>: as .unfinished, and renamed when all of it is on the disk.
+    Deletes all but the newest `keep_checkpoints`."""
     folder = run.output_dir / "checkpoints"
     unfinished, final = folder / ".unfinished", folder / f"step-{step:06d}"
     if run.rank == 0:
@@ -759,13 +760,12 @@ def save_checkpoint(model, optimizer, train, step, args, run):
     if run.rank == 0:
         files = {file.name: file.stat().st_size for file in unfinished.iterdir()}
         state = dict(step=step, rows=train.fingerprint, start=train.start, files=files)
-        state["settings"] = vars(args)
         (unfinished / "state.json").write_text(json.dumps(state, indent=2))
         for path in [*unfinished.iterdir(), unfinished]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-        shutil.rmtree(final, ignore_errors=True)  # only a damaged one can stand there
+        shutil.rmtree(final, ignore_errors=True)  # can only be incomplete
         unfinished.rename(final)
         for old in set(folder.glob("step-*")) - set(checkpoints(run)[-args.keep_checkpoints :]):
             shutil.rmtree(old)
@@ -783,38 +783,40 @@ def checkpoints(run):
     return complete
 
 
-def load_checkpoint(model, optimizer, train, last_step, args, run):
+def load_checkpoint(model, optimizer, train, num_steps, args, run):
     """Under `--resume`, loads the newest checkpoint. Returns its step, or 0 where there is none."""
     newest = from_rank_zero(checkpoints(run)[-1:] if args.resume else [])
     if not newest:
+        if args.resume:
+            print0("--resume: no complete checkpoint, so the run begins with step 1")
         return 0
     folder = newest[0]
     state = json.loads((folder / "state.json").read_text())
     step = state["step"]
     if [state["rows"], state["start"]] != [train.fingerprint, train.start]:
         fail(f"--resume: the training rows or the start model are not those of {folder}")
-    if step > last_step:
-        fail(f"--resume: {folder} is past the last step, {last_step}: --max_steps {step} or more")
+    if step > num_steps:
+        fail(f"--resume: {folder} is past the last step, {num_steps}: --max_steps {step} or more")
     reader = dcp.HuggingFaceStorageReader(str(folder))
     dcp.load(training_state(model, optimizer), storage_reader=reader)
     for moments in optimizer.state.values():
         moments["step"].fill_(step)
-    print0(f"resumed after step {step} of {last_step} from {folder}")
+    print0(f"resumed after step {step} of {num_steps} from {folder}")
     return step
 
 
-def exit_if_finished(last_step, args, run):
+def exit_if_finished(num_steps, args, run):
     """Under `--resume`, ends the program where output_dir already has a model of so many steps."""
     has_model = args.resume and (run.output_dir / "config.json").is_file()
     log = (run.output_dir / "metrics.jsonl").read_text().splitlines() if has_model else []
     step = from_rank_zero(json.loads(log[-1])["step"] if log else -1)
-    if step >= last_step:
+    if step >= num_steps:
         print0(f"nothing is left to do: the run in {run.output_dir} ended with step {step}")
         raise SystemExit(0)
 
 
 def begin_output(first_step, args, run):
-    """Makes output_dir that of a run at `first_step`: settings, metrics until there, no model."""
+    """Writes config.yaml, cuts metrics.jsonl back to `first_step`, and removes an old model."""
     if run.rank > 0:
         return
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
@@ -830,7 +832,7 @@ def begin_output(first_step, args, run):
 # ---- Export ----
 def export(model, tokenizer, args, run, folder=None):
     """Writes a Hugging Face folder, `output_dir` if no other is given, with weights in the start
-    model's dtype. config.json comes last: without it there is no model."""
+    model's dtype. config.json is written last: it marks a complete model."""
     weights, hf_model = {}, model.hf_model
     for name, parameter in hf_model.named_parameters():  # a tied weight comes once
         whole = parameter.detach().full_tensor()
@@ -870,11 +872,9 @@ def generation_config(name, tokenizer):
 
 def model_card(args):
     """How the model was made, for the README of its folder."""
-    status, commit = subprocess.getstatusoutput(f"git -C '{HERE}' rev-parse HEAD")
-    script, commit = Path(sys.argv[0]).name, "unknown" if status else commit
-    settings = yaml.safe_dump(vars(args), sort_keys=False)
-    made = (
-        f"Made from {args.model} by `{script}` on {args.train_split} of {args.dataset}, at commit"
-    )
+    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
+    made = f"Made from {args.model} on {args.train_split} of {args.dataset}"
+    by = f"by `{Path(sys.argv[0]).name}` at commit {git.stdout.strip() or 'unknown'}"
     header = "---\nlibrary_name: transformers\n---"
-    return f"{header}\n\n{made} {commit}, with\n\n```yaml\n{settings}```\n"
+    settings = yaml.safe_dump(vars(args), sort_keys=False)
+    return f"{header}\n\n{made}, {by}, with\n\n```yaml\n{settings}```\n"

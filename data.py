@@ -1,8 +1,9 @@
 """From a row of a file to the packed sequence that a model computes: reading, chat templates, token
-ids, micro-batches. Nothing here knows of processes or models. What is wrong with a file or a row is
-a ValueError that names it, which common.py shows as one line.
+ids, micro-batches. Nothing here communicates or knows of models. What is wrong with a file or a row
+is a ValueError that names it, which common.py shows as one line.
 
-Letters in shapes: B rows, R responses, T tokens and N scored tokens of a micro-batch."""
+A response is a completion's token ids, its end token included. Letters in shapes: B rows, R
+responses, T tokens and N scored tokens of a micro-batch."""
 
 import glob
 import hashlib
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it also raises what it logs
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as rows are tokenized by processes
 
 
@@ -58,8 +59,10 @@ def split_file(path, split):
             found = ", ".join(files) or "its files"
             raise ValueError(f"{path}: no split {split} among {found} ({endings})")
         return files[split]
-    if path.is_file() != (path.suffix in READERS):
-        raise ValueError(f"there is no file {path} ({endings} are read)")
+    if path.suffix in READERS and not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.is_file() and path.suffix not in READERS:
+        raise ValueError(f"{path}: cannot be read: its name must end in {endings}")
     return path
 
 
@@ -112,7 +115,7 @@ class Split:
 
 def tokenize(dataset, split, encode, tokenizer, max_length):
     """(a Split, what was kept, cut and dropped in words). Tokenized by parallel processes, and
-    once: `datasets` keeps the result under a hash of everything that goes into it."""
+    once: `datasets` keeps the result under a hash of the rows, the tokenizer and this file."""
     raw, source = read_rows(dataset, split, COLUMNS[encode])
     inputs = [raw._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     inputs += [tokenizer.special_tokens_map, encode.__name__, max_length]
@@ -131,7 +134,7 @@ def tokenize(dataset, split, encode, tokenizer, max_length):
         )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    drop_reasons = rows["dropped"][:] if len(rows) else []
+    drop_reasons = rows["dropped"][:] if len(rows) else []  # without rows there are no columns
     kept = rows.select([i for i, reason in enumerate(drop_reasons) if not reason])
     counts = Counter(reason or "kept" for reason in drop_reasons)
     counts.update(note for notes in kept["notes"][:] for note in notes)
@@ -141,6 +144,7 @@ def tokenize(dataset, split, encode, tokenizer, max_length):
 
 
 def in_words(counts):
+    """{what: count} as text."""
     return ", ".join(f"{count} {what}" for what, count in counts.items())
 
 
@@ -158,10 +162,11 @@ def encode_rows(columns, indices, encode, tokenizer, max_length):
 
 def truncate(prompt, responses, scored, empty, merged, max_length, label=True):
     """An example as in FEATURES, its responses cut so that each ends within max_length tokens of
-    the prompt's first."""
+    the prompt's first. scored: a mask over each response; empty: whether a completion has no text;
+    merged: whether a token has characters of both prompt and completion."""
     room = max(0, max_length - len(prompt))
     notes = {
-        "with identical answers": len(responses) == 2 and responses[0] == responses[1],
+        "with identical completions": len(responses) == 2 and responses[0] == responses[1],
         "with a prompt that ends within a token": merged,
         "cut to max_length": max(map(len, responses)) > room,
     }
@@ -170,7 +175,7 @@ def truncate(prompt, responses, scored, empty, merged, max_length, label=True):
     lengths = [sum(mask) for mask in scored]
     drop_reasons = {
         "dropped (the prompt fills max_length)": room == 0,
-        "dropped (an empty answer)": empty,
+        "dropped (an empty completion)": empty,
         "dropped (no prompt)": not prompt,
         "dropped (nothing to score)": 0 in lengths,
     }
@@ -210,7 +215,8 @@ def encode_unpaired(row, tokenizer):
 
 
 def encode_chat(row, tokenizer):
-    """One example with one response: all after the first assistant header, its turns scored."""
+    """One example with one response: all from the assistant's first turn on, of which its turns are
+    scored."""
     if "messages" in row:
         messages = check_turns(messages_of(row["messages"], "user", "messages"), "messages")
         last = max([i for i, turn in enumerate(messages) if turn["role"] == "assistant"], default=0)
@@ -236,7 +242,7 @@ def turn_span(ids, chat, i, tokenizer):
     if to_ids(chat, tokenizer)[: len(ids)] == ids:  # the template writes the end tokens
         end_token = ids[-1]
         return start, ids.index(end_token, start) + 1
-    # It writes none: a turn ends where the chat that stops after it parts from the whole one.
+    # It writes none: a turn ends where the chat that stops after it differs from the whole one.
     return start, common_prefix(ids, to_ids(chat[: i + 1], tokenizer))
 
 
@@ -258,7 +264,7 @@ def encode_responses(prompt, completions, tokenizer):
     )
 
 
-COLUMNS = {  # that rows may have, to be read in these ways
+COLUMNS = {  # for each encoder the sets of columns that it can read
     encode_pair: [{"chosen", "rejected"}],
     encode_unpaired: [{"completion", "label"}, {"chosen", "rejected"}],
     encode_chat: [{"messages"}, {"prompt", "completion"}],
@@ -338,8 +344,8 @@ def takes_system(tokenizer):
 
 
 def ensure_end_token(ids, tokenizer):
-    """The ids up to the template's end token, without the white space after it. Text that has no
-    end token gets the tokenizer's."""
+    """The ids up to the last end token, without the white space after it. If there is none, the
+    tokenizer's end token is added."""
     end = len(ids)
     while end and not tokenizer.decode(ids[end - 1 : end]).strip():
         end -= 1
@@ -359,8 +365,8 @@ def common_prefix(a, b):
 
 # ---- Micro-batches ----
 def rows_of_step(train, step, args):
-    """(batch_size,) row numbers. The order is a function of seed and epoch, so to resume takes only
-    a step number. Rows that fill no batch are left out; each epoch leaves out others."""
+    """(batch_size,) row numbers. The order is a function of seed and epoch, so resuming needs only
+    the step. Rows that fill no batch are left out, different ones in each epoch."""
     epoch, step_in_epoch = divmod(step, len(train) // args.batch_size)
     order = np.random.default_rng((args.seed, epoch)).permutation(len(train))
     return order[step_in_epoch * args.batch_size :][: args.batch_size]
@@ -387,12 +393,12 @@ def my_batches(split, rows, args, run, name=None):
 
 
 def bin_pack(tokens, rows, budget, processes):
-    """The rows in processes x k bins, k the smallest number that keeps each bin within max(budget,
-    longest row). No bin is empty and every process gets k, or FSDP's processes would wait
-    forever."""
+    """The rows in processes x k bins, with the smallest k at which the fullest bin has at most
+    max(budget, longest row) tokens. No bin is empty and every process gets k of them, or FSDP's
+    collectives would hang. So a step of few rows may have a bin over the budget."""
     rows = sorted(rows, key=lambda row: -tokens[row])
     budget = max(budget, tokens[rows[0]])
-    most = len(rows) // processes  # more would leave a bin empty; at this k, two rows may be over
+    most = len(rows) // processes  # more would leave a bin empty
     fewest = min(most, math.ceil(sum(tokens[row] for row in rows) / budget / processes))
     while fewest < most:
         k = (fewest + most) // 2
@@ -432,27 +438,28 @@ class Batch:
         self.pack([split.rows[int(row)] for row in rows], device)
 
     def pack(self, examples, device):
+        """Concatenates the examples. Positions in that sequence of T tokens are called places."""
         ids, positions, key_index, predictors, targets, response_of_token = [], [], [], [], [], []
         query_lengths, key_lengths = [], []
         end = 0  # of the sequence so far
         for example in examples:
-            prompt = np.arange(end, end + len(example["prompt"]))  # its places in the sequence
-            end += len(prompt)
+            prompt_places = np.arange(end, end + len(example["prompt"]))
+            end += len(prompt_places)
             ids.append(example["prompt"])
-            positions.append(prompt - prompt[0])
+            positions.append(prompt_places - prompt_places[0])
             for i, response in enumerate(example["responses"]):
-                own = np.arange(end, end + len(response))
-                end += len(own)
+                places = np.arange(end, end + len(response))
+                end += len(places)
                 ids.append(response)
-                positions.append(own - own[0] + len(prompt))
+                positions.append(places - places[0] + len(prompt_places))
                 scored = example["scored"][i]
-                predictors.append(np.append(prompt[-1], own[:-1])[scored])
+                predictors.append(np.append(prompt_places[-1], places[:-1])[scored])
                 targets.append(np.array(response)[scored])
                 response_of_token.append(np.full(sum(scored), len(key_lengths)))
-                key_index += [prompt, own]
-                key_lengths.append(len(prompt) + len(own))
+                key_index += [prompt_places, places]
+                key_lengths.append(len(prompt_places) + len(places))
                 # The prompt is computed once: its queries come with the first response.
-                query_lengths.append(len(own) + (len(prompt) if i == 0 else 0))
+                query_lengths.append(len(places) + (len(prompt_places) if i == 0 else 0))
 
         def tensor(parts):
             return torch.from_numpy(np.concatenate(parts)).to(device)
@@ -462,9 +469,9 @@ class Batch:
 
         self.ids = tensor(ids)  # (T,)
         self.positions = tensor(positions)  # (T,) each response continues where its prompt ends
-        self.key_index = tensor(key_index)  # the places that each response sees, one after another
+        self.key_index = tensor(key_index)  # (sum of key_lengths,) the places each response sees
         self.key_lengths, self.key_offsets = key_lengths, offsets(key_lengths)  # (R,), (R + 1,)
         self.query_lengths, self.query_offsets = query_lengths, offsets(query_lengths)
         self.predictors = tensor(predictors)  # (N,) the places that predict the scored tokens
         self.targets = tensor(targets)  # (N,) the scored tokens
-        self.response_of_token = tensor(response_of_token)  # (N,)
+        self.response_of_token = tensor(response_of_token)  # (N,) in [0, R)

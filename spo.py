@@ -55,18 +55,20 @@ class Args:
     num_train_epochs: int = HfArg(default=1, help="passes over the training rows")
     max_steps: int = HfArg(default=0, help="optimizer steps, instead of epochs; 0 is off")
     batch_size: int = HfArg(default=128, help="rows of an optimizer step, over all processes")
-    tokens_per_micro_batch: int = HfArg(default=7168, help="tokens computed at once: the memory")
-    max_length: int = HfArg(default=2048, help="tokens of prompt and completion; the rest is cut")
-    warmup_ratio: float = HfArg(default=0.1, help="share of the steps to raise the learning rate")
-    max_grad_norm: float = HfArg(default=1.0, help="longer gradients are scaled down to this")
-    gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower: recompute")
+    tokens_per_micro_batch: int = HfArg(
+        default=7168, help="tokens of a forward pass: sets the memory"
+    )
+    max_length: int = HfArg(default=2048, help="tokens of prompt and completion; longer is cut")
+    warmup_ratio: float = HfArg(default=0.1, help="share of the steps with linear warm-up")
+    max_grad_norm: float = HfArg(default=1.0, help="longer gradients are clipped to this norm")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory")
     eval_every: int = HfArg(default=100, help="steps between evaluations; 0 is off")
     save_every: int = HfArg(default=100, help="steps between checkpoints for --resume; 0 is off")
     keep_checkpoints: int = HfArg(default=1, help="how many of the newest checkpoints to keep")
     export_every: int = HfArg(default=0, help="steps between models in output_dir/models; 0 is off")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
     report_to: Literal["none", "wandb", "trackio", "tensorboard"] = HfArg(default="none")
-    seed: int = HfArg(default=42, help="order of the rows; weights of a model that has none")
+    seed: int = HfArg(default=42, help="order of the rows; weights, if the model has none")
 
     def __post_init__(self):
         if self.beta <= 0 or self.alpha < 0:
@@ -76,6 +78,7 @@ class Args:
 
 
 def uses_reference(args):
+    """Whether the loss needs the log-probs of the policy before its first step."""
     return True
 
 
@@ -98,8 +101,8 @@ def evaluate(model, held_out, step, args, run):
         if step == 0 and uses_reference(args):  # the policy still is the reference
             logps, entropies = batch.ref_logps, batch.ref_entropies
         else:
-            logps, entropies = model(batch, entropy=True)  # (R,) sums over each response's tokens
-        policy = common.as_pairs(logps, batch.lengths)  # (B,) chosen, (B,) rejected
+            logps, entropies = model(batch, entropy=True)  # (R,) summed over tokens
+        policy = common.as_pairs(logps, batch.lengths)  # (B,) each, as R is 2 B
         ref = common.as_pairs(batch.ref_logps, batch.lengths)
         losses, chosen_rewards, rejected_rewards = preference_loss(policy, ref, args)
         metrics.add_pairs(batch, logps, losses, chosen_rewards, rejected_rewards, entropies)
@@ -111,28 +114,28 @@ def main(args):
     run = common.start(args)
     tokenizer = common.load_tokenizer(args.model)
     train, held_out = common.load_pairs(args, tokenizer)
-    last_step = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
-    common.exit_if_finished(last_step, args, run)  # under --resume, nothing may be left to do
+    num_steps = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
+    common.exit_if_finished(num_steps, args, run)  # --resume of a finished run
     model = common.load_model(args, run)  # float32 weights, sharded over the processes
     if uses_reference(args):
-        # The log-probs of the policy before its first step, so there is no second model in memory.
+        # Log-probs of the policy before its first step: no second model is in memory. Each batch
+        # brings its own, as batch.ref_logps.
         common.add_reference(model, train, held_out, args, run)
-    # Weights and moments are float32: at these rates bfloat16 would round every update away.
-    adamw = dict(lr=args.learning_rate, weight_decay=0.0, fused=True)
-    optimizer = torch.optim.AdamW(model.parameters(), **adamw)
+    # Float32 weights and moments: in bfloat16 nearly every update would be rounded away at these
+    # learning rates, which the loop sets.
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     common.init_adamw(optimizer)
-    first_step = common.load_checkpoint(model, optimizer, train, last_step, args, run)  # or 0
+    first_step = common.load_checkpoint(model, optimizer, train, num_steps, args, run)
     common.begin_output(first_step, args, run)
 
-    evaluates = held_out is not None and args.eval_every > 0
-    if evaluates and first_step == 0:
+    if held_out and first_step == 0:
         run.log(0, evaluate(model, held_out, 0, args, run))  # where the curves begin
-    for step in run.progress(first_step, last_step):
+    for step in run.progress(first_step, num_steps):
         metrics = common.Metrics(model, run)
         # This process's share of the step's rows, packed into sequences that fit in memory.
         for batch in common.micro_batches(train, step, args, run):
-            logps, _ = model(batch)  # (R,) log-probs, summed over each response's tokens
-            policy = common.as_pairs(logps, batch.lengths)  # (B,) chosen, (B,) rejected
+            logps, _ = model(batch)  # (R,) summed over each completion's tokens, in nats
+            policy = common.as_pairs(logps, batch.lengths)  # (B,) each, as R is 2 B
             ref = common.as_pairs(batch.ref_logps, batch.lengths)  # None without a reference
             losses, chosen_rewards, rejected_rewards = preference_loss(policy, ref, args)
             # The mean over the step's rows. FSDP divides gradients by world_size, so we multiply.
@@ -144,19 +147,19 @@ def main(args):
         common.stop_unless_finite(grad_norm, metrics, step)
         if step == 0 and uses_reference(args):
             common.check_reference(metrics, train, run)
-        learning_rate = common.learning_rate(step, last_step, args)
+        learning_rate = common.learning_rate(step, num_steps, args)
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
 
-        done = step + 1  # updates
         # All that follows reports and saves: it changes nothing in the training.
+        done = step + 1  # steps are counted from 0 here, and from 1 in all that is saved
         results = metrics.reduce()  # means over all processes' rows
         results |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
-        if evaluates and common.due(args.eval_every, done, last_step):
+        if held_out and common.due(args.eval_every, done, num_steps):
             results |= evaluate(model, held_out, done, args, run)
         run.log(done, results)
-        if common.due(args.save_every, done, last_step):
+        if common.due(args.save_every, done, num_steps):
             common.save_checkpoint(model, optimizer, train, done, args, run)
         if args.export_every and done % args.export_every == 0:
             common.export(model, tokenizer, args, run, f"{args.output_dir}/models/step-{done:06d}")

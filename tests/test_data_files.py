@@ -101,7 +101,7 @@ def test_csv_text_stands_as_it_is_written(load, tmp_path, counted):
     split = load(common.load_pairs, write_csv(tmp_path / "rows.csv", rows))
     assert rows_of(split) == rows_of(load(common.load_pairs, rows))
     load(common.load_pairs, write_csv(tmp_path / "empty.csv", [TEXT, TEXT | {"chosen": ""}]))
-    assert counted("empty answer") == 1
+    assert counted("empty completion") == 1
 
 
 @pytest.mark.parametrize("name", ["a b", "data[1]", "what?", "ünï*"])

@@ -136,7 +136,8 @@ def test_pairs_that_are_dropped_and_kept_add_up(load, counted):
     split = load(common.load_pairs, rows, tokenizer, max_length=60)
     assert counted("rows") == len(rows) == counted("kept") + 5
     assert len(split) == counted("kept") == 5
-    assert (counted("empty answer"), counted("fills max_length"), counted("no prompt")) == (3, 1, 1)
+    assert counted("empty completion") == 3
+    assert counted("fills max_length") == counted("no prompt") == 1
     assert counted("identical") == counted("cut") == 1
     assert tokenizer.eos_token_id not in rows_of(split)[-1]["responses"][1]
 
@@ -274,4 +275,4 @@ def test_rows_must_fill_a_batch(load, refusal):
 def test_no_row_left_is_an_error(refusal):
     message = refusal(common.load_pairs, [TEXT | {"chosen": " "}, TEXT | {"prompt": ""}])
     assert "rows-0.jsonl: no row is left" in message
-    assert "1 dropped (an empty answer)" in message and "1 dropped (no prompt)" in message
+    assert "1 dropped (an empty completion)" in message and "1 dropped (no prompt)" in message
