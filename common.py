@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import data
-from data import micro_batches, whole_split  # noqa: F401, the scripts call them as common's
+from data import micro_batches, split_batches  # noqa: F401, the scripts call them as common's
 
 # Set on import: torch's threads and the GPU's allocator read these once, when they start.
 torch.set_flush_denormal(True)  # the tiny gradients of saturated pairs slow a CPU a hundredfold
@@ -50,7 +50,7 @@ HERE = Path(__file__).resolve().parent
 # ---- Settings and errors ----
 def fail(message):
     """Ends the program over an error that its user can fix: one line on stderr, exit code 2."""
-    # Before init_process_group every process finds the same error, and rank 0 prints it.
+    # Before init_process_group all find the same error and rank 0 prints it; later, each its own.
     if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
         print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -62,6 +62,8 @@ def user_errors(context):
     try:
         yield
     except Exception as error:
+        if os.environ.get("DEBUG"):  # for those who change the code: the traceback
+            raise
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         first_line = str(error).strip().partition("\n")[0]
         fail(f"{context}: {kind}{first_line}")
@@ -135,7 +137,7 @@ def check_settings(args):
     if not any(folder.iterdir()):
         return
     if not args.resume or not (folder / "config.yaml").is_file():
-        fail(f"--output_dir {folder} is in use: choose another, or go on with its run by --resume")
+        fail(f"--output_dir {folder} is in use: choose another (or --resume, if it holds a run)")
     before = yaml.safe_load((folder / "config.yaml").read_text())
     for name, value in vars(args).items():
         if name not in MAY_CHANGE and value != before.get(name):
@@ -174,7 +176,7 @@ def report_crash(args, kind, error, traceback):
         then = "goes on from the last checkpoint" if saved else "begins again: no checkpoint yet"
         print0(f"interrupted; the same command with --resume {then}")
     elif issubclass(kind, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        budget = f"{args.tokens_per_micro_batch} now; a pair may have twice --max_length"
+        budget = f"{args.tokens_per_micro_batch} now; a row needs --max_length, a pair up to twice"
         ways = f"lower --tokens_per_micro_batch ({budget}), set --gradient_checkpointing"
         print(f"error: out of memory: {ways}, use more GPUs\n{error}", file=sys.stderr, flush=True)
     else:
@@ -221,7 +223,7 @@ class Run:
             self.device = torch.device("cuda", torch.cuda.current_device())
             self.compute_dtype = torch.bfloat16
         self.mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
-        self.tracker = None  # opened by the first `log`
+        self.tracker = self.bar = None  # made by the first `log`, and by `progress`
 
     def progress(self, first_step, num_steps):
         """The steps that are left, under a bar that `log` keeps up to date."""
@@ -240,7 +242,7 @@ class Run:
             self.tracker(metrics, step)
         shown = {"loss": "loss", "rewards/margins": "margin", "tokens_per_second": "tok/s"}
         figures = {shown[name]: f"{metrics[name]:.4g}" for name in shown if name in metrics}
-        if figures:  # step 0 has none: it is an evaluation alone
+        if self.bar and figures:  # step 0 has neither: it is an evaluation alone
             self.bar.set_postfix(figures)
 
     def close(self):
@@ -283,7 +285,7 @@ def load_tokenizer(name):
 
 
 def load_splits(args, tokenizer, encode):
-    """(training split, held-out split or None), tokenized, with rows enough. Prints the counts."""
+    """(training split, held-out split or None), tokenized. Fails on too few rows; prints counts."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     inputs = encode, tokenizer, args.max_length
     with rank_zero_first(), user_errors("--dataset"):
@@ -314,20 +316,19 @@ load_chats = partial(load_splits, encode=data.encode_chat)  # `messages`, or one
 
 # ---- Attention ----
 def packed_attention(module, query, key, value, attention_mask, scaling, batch=None, **options):
-    """What transformers calls in every layer: each response attends causally to its prompt and
-    itself. query (1, heads, T, d), key and value (1, kv_heads, T, d), batch a data.Batch ->
-    (1, T, heads, d), None."""
+    """What transformers calls in every layer: a response attends causally to its prompt and itself.
+    query (1, heads, T, d), key and value (1, kv_heads, T, d) -> (1, T, heads, d), None."""
     if attention_mask is not None or batch is None:
         fail(f"--model: {type(module).__name__} makes its own mask or does not pass on arguments")
     window, softcap = options.get("sliding_window"), options.get("softcap")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
     key, value = key[batch.key_index], value[batch.key_index]  # prompts once for each response
     if query.is_cuda and softcap is None:
-        group = query.shape[1] // key.shape[1]  # in torch 2.11 it has no enable_gqa
+        group = query.shape[1] // key.shape[1]  # torch 2.11 has no enable_gqa here
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
         offsets = batch.query_offsets, batch.key_offsets
         longest = max(batch.query_lengths), max(batch.key_lengths)
-        # It aligns its causal mask to the last key, as it must with fewer queries than keys.
+        # varlen_attn aligns its causal mask to the last key: right for fewer queries than keys.
         window_size = (window - 1 if window else -1, 0)  # keys to the left and right of a query
         options = dict(scale=scaling, window_size=window_size)
         out = varlen_attn(query, key, value, *offsets, *longest, **options)
@@ -365,7 +366,7 @@ def response_attention(query, key, value, scaling, window, softcap):
 
 # ---- The model ----
 class LogprobModel(torch.nn.Module):
-    """A Hugging Face model whose `forward` gives log-probs: there FSDP has the whole LM head."""
+    """A Hugging Face model whose `forward` gives log-probs: only in there is the LM head whole."""
 
     def __init__(self, hf_model):
         super().__init__()
@@ -413,7 +414,7 @@ def load_model(args, run):
         if whole:
             buffer.copy_(whole.get_buffer(name))
         dist.broadcast(buffer, 0)
-    hf_model.config.dtype = whole.dtype if whole else None  # `export`, on rank 0, writes in it
+    hf_model.config.dtype = whole.dtype if whole else None  # of the files: rank 0 exports in it
     size = sum(parameter.numel() for parameter in model.parameters())
     print0(f"{size:,} parameters, computing in {run.compute_dtype} on {run.device.type}")
     memory = f"{16 * size / run.world_size / 1e9:.2f} GB"  # all in float32
@@ -430,7 +431,7 @@ def shard(model, args, run):
             if args.gradient_checkpointing:  # backward recomputes the block's activations
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             fully_shard(block, mesh=run.mesh, mp_policy=precision)
-    # By default FSDP leaves the root's parameters gathered after a forward, not sharded as saved.
+    # By default FSDP leaves the root's parameters gathered after a forward; saving needs shards.
     fully_shard(model, mesh=run.mesh, mp_policy=precision, reshard_after_forward=True)
 
 
@@ -493,24 +494,22 @@ class TokenLogps(torch.autograd.Function):
         d logp / d hidden = (d logp / d z) @ weight
         d logp / d weight = (d logp / d z).T @ hidden
 
-    With soft-capping, z = c tanh(z' / c) of the logits z', the first line gets a factor d z / d z'
-    = 1 - (z / c)^2. Autograd would keep z and its softmax in float32, (N, V) each. Here a slice of
-    tokens at a time is in float32; z' is kept in the compute dtype, if it fits in
-    KEPT_LOGITS_BYTES, and backward overwrites it with its gradient."""
+    Soft-capping, z = c tanh(z' / c), gives the first line a factor d z / d z' = 1 - (z / c)^2.
+    Autograd would keep z and its softmax in float32, (N, V) each. Here a part of the tokens at a
+    time is in float32; z' is kept in the compute dtype, and overwritten with its gradient."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, entropy, needs_grad):
         kept, logps, log_sums, entropies = None, [], [], []
         if needs_grad and len(hidden) * len(weight) * hidden.element_size() <= KEPT_LOGITS_BYTES:
             kept = hidden.new_empty(len(hidden), len(weight))
-        for rows in slices(hidden, weight):
-            out = None if kept is None else kept[rows]
-            raw = torch.mm(hidden[rows], weight.T, out=out)
+        for part in slices(hidden, weight):
+            out = None if kept is None else kept[part]
+            raw = torch.mm(hidden[part], weight.T, out=out)
             logits = soft_capped(raw, softcap)
             log_sum = logits.logsumexp(-1)
             log_sums.append(log_sum)
-            target_logits = logits.gather(1, targets[rows, None])[:, 0]
-            logps.append(target_logits - log_sum)
+            logps.append(logits.gather(1, targets[part, None])[:, 0] - log_sum)
             if entropy:
                 entropies.append(log_sum - (logits.softmax(-1) * logits).sum(-1))
         ctx.softcap = softcap
@@ -525,18 +524,18 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx, grad_logps, _):  # (N,)
         hidden, weight, targets, log_sums, kept = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), 0
-        for rows in slices(hidden, weight):
-            raw = hidden[rows] @ weight.T if kept is None else kept[rows]
+        for part in slices(hidden, weight):
+            raw = hidden[part] @ weight.T if kept is None else kept[part]
             logits = soft_capped(raw, ctx.softcap)
             slope = 1 - (logits / ctx.softcap) ** 2 if ctx.softcap else 1
-            grad_logits = (logits - log_sums[rows, None]).exp_().neg_()  # -softmax
-            grad_logits[torch.arange(len(logits), device=logits.device), targets[rows]] += 1
-            grad_logits = grad_logits.mul_(grad_logps[rows, None]).mul_(slope).to(hidden.dtype)
-            grad_hidden[rows] = grad_logits @ weight
+            grad_logits = (logits - log_sums[part, None]).exp_().neg_()  # -softmax
+            grad_logits[torch.arange(len(logits), device=logits.device), targets[part]] += 1
+            grad_logits = grad_logits.mul_(grad_logps[part, None]).mul_(slope).to(hidden.dtype)
+            grad_hidden[part] = grad_logits @ weight
             if kept is None:
-                grad_weight += (grad_logits.T @ hidden[rows]).to(log_sums.dtype)
+                grad_weight += (grad_logits.T @ hidden[part]).to(log_sums.dtype)
             else:
-                kept[rows] = grad_logits
+                kept[part] = grad_logits
         grad_weight = grad_weight.to(weight.dtype) if kept is None else kept.T @ hidden
         return grad_hidden, grad_weight, None, None, None, None
 
@@ -571,7 +570,7 @@ def as_pairs(logps, lengths):
 
 # ---- The reference: the policy before its first step ----
 def add_reference(model, train, held_out, args, run):
-    """Sets `ref` and `start` of the splits, and `ref_entropies` of the held-out one. Files in
+    """Sets `ref` and `start_id` of the splits, and `ref_entropies` of the held-out one. Files in
     reference/, beside output_dir, keep them for all runs from the same model and rows."""
     start = from_rank_zero(start_fingerprint(args.model, args.seed) if run.rank == 0 else None)
     for split in [train, held_out] if held_out else [train]:
@@ -588,7 +587,7 @@ def add_reference(model, train, held_out, args, run):
                 unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
                 save_file(values, unfinished)
                 unfinished.replace(path)
-        split.start, split.ref = start, values["logps"]
+        split.start_id, split.ref = start, values["logps"]
         split.ref_entropies = values.get("entropies")
         print0(f"reference: log-probs of {len(split)} rows {verb} {path}")
 
@@ -596,7 +595,7 @@ def add_reference(model, train, held_out, args, run):
 @torch.no_grad()
 def compute_reference(model, split, entropy, args, run):
     """{"logps", "lengths" and, with `entropy`, "entropies": (rows, responses)}."""
-    batches = whole_split(split, "reference", args, run)
+    batches = split_batches(split, "reference", args, run)
     results = [(batch.rows, *model(batch, entropy)) for batch in batches]
     rows, logps, entropies = zip(*results, strict=True)
     values = {"logps": gather_rows(split, rows, logps, run), "lengths": split.lengths}
@@ -606,11 +605,11 @@ def compute_reference(model, split, entropy, args, run):
 
 
 def gather_rows(split, rows, values, run):
-    """A (rows, responses) table, on all processes, of each one's row numbers and values (R,)."""
+    """A (rows, responses) table, on all processes, from lists over batches: row numbers, (R,)."""
     table = torch.zeros(split.lengths.shape, device=run.device)
     for members, batch_values in zip(rows, values, strict=True):
         table[members] = batch_values.view(len(members), -1)
-    dist.all_reduce(table)  # a row was one process's, and is 0 on the others
+    dist.all_reduce(table)  # a sum: one process has set a row, the others have 0 there
     return table.cpu()
 
 
@@ -626,15 +625,15 @@ def start_fingerprint(name, seed):
 
 
 def check_reference(metrics, train, run):
-    """Prints the largest log-ratio of a token before any update. Only rounding should remain."""
+    """Prints the largest difference of a response's mean log-prob before any update: rounding."""
     largest = torch.zeros(())
     for rows, _, logps, _ in metrics.batches:
         logratios = logps.view(len(rows), -1).cpu() - train.ref[rows]
         largest = torch.maximum(largest, (logratios / train.lengths[rows]).abs().max())
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     limit = 1e-2 if run.compute_dtype == torch.bfloat16 else 1e-5
-    warning = f" WARNING: above {limit}: they do not compute the same" if largest > limit else ""
-    print0(f"policy and reference at step 0: {largest:.1e} nats a token apart at most{warning}")
+    warning = f" WARNING: above {limit}; code changed? Delete reference/" if largest > limit else ""
+    print0(f"policy and reference at step 0: at most {largest:.1e} nats a token apart{warning}")
 
 
 # ---- Metrics and schedule ----
@@ -644,12 +643,12 @@ class Metrics:
     def __init__(self, model, run):
         self.model, self.run = model, run
         self.sums = {}  # {name: (2,), this process's sum and count}
-        self.batches = []  # (row numbers, losses (n,), log-probs (R,), entropies (R,) or None)
+        self.batches = []  # (row numbers, losses (B,), log-probs (R,), entropies (R,) or None)
         self.tokens_before, self.started = model.tokens_computed, time.perf_counter()
 
     def add(self, batch, logps, losses, values, entropies=None):
-        """Adds a batch: its log-probs and, if known, entropies (R,), its losses (n,), and {name:
-        (n,)} of other values; for the mean of a sum over another, {name: ((n,), (n,))}."""
+        """Adds a batch: its log-probs and, if known, entropies (R,), its losses (B,), and {name:
+        (B,)} of other values. Of a pair of (B,) the first one's sum over the second's is logged."""
         self.batches.append((batch.rows, losses.detach(), logps.detach(), entropies))
         values = {"loss": losses} | values
         if entropies is not None:
@@ -681,13 +680,13 @@ class Metrics:
     def reduce(self, prefix=""):
         """{name: mean over all processes}, and tokens_per_second. All processes must call this."""
         totals = torch.stack(list(self.sums.values())).cpu()  # waits for the GPU: the clock is next
-        seconds = (time.perf_counter() - self.started) / self.run.world_size
+        seconds = (time.perf_counter() - self.started) / self.run.world_size  # summed: the mean
         tokens = self.model.tokens_computed - self.tokens_before
         speed = torch.tensor([[tokens, seconds if tokens else 0]], dtype=torch.float64)
         totals = torch.cat([totals, speed])  # (names, 2)
         dist.all_reduce(totals)
         names = [prefix + name for name in [*self.sums, "tokens_per_second"]]
-        # A count is 0 where a class has no row, or nothing was computed.
+        # A count is 0 where a class has no row or, for the speed, nothing was computed.
         return {name: x / n for name, (x, n) in zip(names, totals.tolist(), strict=True) if n}
 
     def save_rows(self, split, step):
@@ -710,12 +709,12 @@ def stop_unless_finite(grad_norm, metrics, step):
     rows = torch.cat([torch.tensor(rows) for rows, *_ in metrics.batches])
     losses = torch.cat([losses.cpu() for _, losses, *_ in metrics.batches])
     bad = rows[~losses.isfinite()].tolist()
-    where = f"losses not finite in rows {bad}" if bad else "all losses are finite"
+    where = f"losses not finite in kept rows {bad}" if bad else "all losses are finite"
     raise SystemExit(f"stopped in step {step + 1}: gradient norm {grad_norm}, {where}")
 
 
 def learning_rate(step, num_steps, args):
-    """Linear warm-up from 0, then half a cosine to 0: transformers' cosine schedule."""
+    """Linear warm-up, with rate 0 in step 0, then half a cosine to 0: transformers' schedule."""
     warmup = math.ceil(args.warmup_ratio * num_steps)
     if step < warmup:
         return args.learning_rate * (step / warmup)
@@ -724,7 +723,7 @@ def learning_rate(step, num_steps, args):
 
 
 def due(every, step, num_steps):
-    """Whether what is done every so many steps, and after the last, is due after this one."""
+    """Whether to act after `step` steps: every so many, and after the last; never if it is 0."""
     return every > 0 and (step % every == 0 or step == num_steps)
 
 
@@ -737,7 +736,7 @@ def init_adamw(optimizer):
 
 
 def training_state(model, optimizer):
-    """{name: tensor} of all that training changes; tied weights are one parameter and come once."""
+    """{name: tensor} of the weights and AdamW's moments; tied weights are one parameter."""
     state = {}
     for name, parameter in model.hf_model.named_parameters():
         state[name] = parameter.detach()
@@ -759,7 +758,7 @@ def save_checkpoint(model, optimizer, train, step, args, run):
     dcp.save(training_state(model, optimizer), storage_writer=writer)
     if run.rank == 0:
         files = {file.name: file.stat().st_size for file in unfinished.iterdir()}
-        state = dict(step=step, rows=train.fingerprint, start=train.start, files=files)
+        state = dict(step=step, rows=train.fingerprint, start=train.start_id, files=files)
         (unfinished / "state.json").write_text(json.dumps(state, indent=2))
         for path in [*unfinished.iterdir(), unfinished]:
             descriptor = os.open(path, os.O_RDONLY)
@@ -788,12 +787,12 @@ def load_checkpoint(model, optimizer, train, num_steps, args, run):
     newest = from_rank_zero(checkpoints(run)[-1:] if args.resume else [])
     if not newest:
         if args.resume:
-            print0("--resume: no complete checkpoint, so the run begins with step 1")
+            print0("--resume: no complete checkpoint: begins again and overwrites output_dir")
         return 0
     folder = newest[0]
     state = json.loads((folder / "state.json").read_text())
     step = state["step"]
-    if [state["rows"], state["start"]] != [train.fingerprint, train.start]:
+    if [state["rows"], state["start"]] != [train.fingerprint, train.start_id]:
         fail(f"--resume: the training rows or the start model are not those of {folder}")
     if step > num_steps:
         fail(f"--resume: {folder} is past the last step, {num_steps}: --max_steps {step} or more")
@@ -816,7 +815,7 @@ def exit_if_finished(num_steps, args, run):
 
 
 def begin_output(first_step, args, run):
-    """Writes config.yaml, cuts metrics.jsonl back to `first_step`, and removes an old model."""
+    """Writes config.yaml, cuts metrics.jsonl back to `first_step`, and deletes config.json."""
     if run.rank > 0:
         return
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
@@ -872,9 +871,10 @@ def generation_config(name, tokenizer):
 
 def model_card(args):
     """How the model was made, for the README of its folder."""
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
+    git, pipes = ["git", "-C", HERE, "rev-parse", "HEAD"], dict(capture_output=True, text=True)
+    commit = subprocess.run(git, **pipes).stdout.strip() if shutil.which("git") else ""
     made = f"Made from {args.model} on {args.train_split} of {args.dataset}"
-    by = f"by `{Path(sys.argv[0]).name}` at commit {git.stdout.strip() or 'unknown'}"
+    by = f"by `{Path(sys.argv[0]).name}` at commit {commit or 'unknown'}"
     header = "---\nlibrary_name: transformers\n---"
     settings = yaml.safe_dump(vars(args), sort_keys=False)
     return f"{header}\n\n{made}, {by}, with\n\n```yaml\n{settings}```\n"

@@ -8,7 +8,8 @@
 One run shows its training (grey) and its held-out rows (black). Of several runs only the held-out
 values are drawn (filled markers): they are of the same rows each time, while every training step
 has rows of its own, whose noise would hide what the runs differ in. Training (hollow markers) is
-drawn where a run has no held-out values: its learning rate, or all of it if it never evaluated.
+drawn where a run has no held-out values: learning rate, gradient norm, speed, or all of it if it
+never evaluated.
 
 A method without a reference has no log-ratios in metrics.jsonl. Its own come from the held-out
 rows' log-probs in eval/: those of each evaluation less those of step 0, before the first update.
@@ -149,16 +150,16 @@ def add_legend(drawing, labels):
 
 
 def figure(folders, make=None):
-    """The matplotlib Figure of the runs in `folders`, by pyplot.figure if that is `make`."""
+    """The matplotlib Figure of the runs in `folders`. make: pyplot.figure, for a window."""
     from matplotlib.figure import Figure  # here, so that a run that imports this can do without it
 
     paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     runs = [read_run(path) for path in paths]
     panels = panels_of(runs) or fail(f"no values in metrics.jsonl yet: {paths[0]}")
-    columns = min(4, len(panels))
+    columns, axis = min(4, len(panels)), None  # axis: of the panel before
     rows = math.ceil(len(panels) / columns)
     size = (3.8 * columns, 2.9 * rows + 0.6)
-    drawing, axis = (make or Figure)(figsize=size, dpi=110, layout="constrained"), None
+    drawing = (make or Figure)(figsize=size, dpi=110, layout="constrained")
     for place, (title, names) in enumerate(panels.items(), 1):
         axis = drawing.add_subplot(rows, columns, place, title=title, xlabel="step", sharex=axis)
         axis.grid(color="0.9")

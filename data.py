@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it also raises what it logs
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises too
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as rows are tokenized by processes
 
 
@@ -102,10 +102,10 @@ class Split:
         self.rows = rows  # columns as in FEATURES
         self.tokens = np.array(rows["tokens"][:])  # (rows,)
         self.lengths = torch.tensor(rows["lengths"][:])  # (rows, responses)
-        self.labels = torch.tensor(rows["label"][:])  # (rows,) bool, of labelled rows
+        self.labels = torch.tensor(rows["label"][:])  # (rows,) bool; all true for pairs and chats
         self.fingerprint = hashlib.sha256("".join(rows["digest"][:]).encode()).hexdigest()
         # Set by common.add_reference where the method has a reference:
-        self.start = None  # what the start model is known by
+        self.start_id = None  # start_fingerprint of the model that gave ref
         self.ref = None  # (rows, responses) its log-probs, float32
         self.ref_entropies = None  # (rows, responses) its summed entropies, of held-out rows
 
@@ -156,14 +156,14 @@ def encode_rows(columns, indices, encode, tokenizer, max_length):
             encoded = encode(dict(zip(columns, values, strict=True)), tokenizer)
         except ValueError as error:
             raise ValueError(f"row {i}: {error}") from None
-        examples += [truncate(**example, max_length=max_length) for example in encoded]
+        examples += [finish_example(**example, max_length=max_length) for example in encoded]
     return {name: [example[name] for example in examples] for name in examples[0]}
 
 
-def truncate(prompt, responses, scored, empty, merged, max_length, label=True):
-    """An example as in FEATURES, its responses cut so that each ends within max_length tokens of
-    the prompt's first. scored: a mask over each response; empty: whether a completion has no text;
-    merged: whether a token has characters of both prompt and completion."""
+def finish_example(prompt, responses, scored, empty, merged, max_length, label=True):
+    """An example as in FEATURES: cuts the responses to end within max_length tokens of the prompt's
+    first, and says why a row is dropped. scored: a mask over each response; empty: whether a
+    completion has no text; merged: whether a token has characters of prompt and completion."""
     room = max(0, max_length - len(prompt))
     notes = {
         "with identical completions": len(responses) == 2 and responses[0] == responses[1],
@@ -377,7 +377,7 @@ def micro_batches(train, step, args, run):
     return my_batches(train, rows_of_step(train, step, args), args, run)
 
 
-def whole_split(split, name, args, run):
+def split_batches(split, name, args, run):
     """This process's share of a whole split, a Batch at a time, under a progress bar."""
     return my_batches(split, np.arange(len(split)), args, run, name)
 
@@ -426,8 +426,10 @@ class Batch:
 
     def __init__(self, split, rows, step_tokens, device):
         self.rows = rows  # (B,) row numbers in the split
-        self.step_tokens = step_tokens  # scored tokens of the whole step, on all processes
-        self.labels = split.labels[rows].to(device)  # (B,) bool, of labelled rows
+        self.step_tokens = (
+            step_tokens  # scored tokens of the step, or of the split, on all processes
+        )
+        self.labels = split.labels[rows].to(device)  # (B,) bool; all true for pairs and chats
         self.lengths = split.lengths[rows].flatten().to(device)  # (R,) scored tokens
         self.ref_logps = None  # (R,) the reference's log-probs
         self.ref_entropies = None  # (R,)

@@ -126,7 +126,7 @@ def mismatch(split, name, args):
         other = split.rows[int(partner[i])]
         completion = dict(responses=other["responses"], scored=other["scored"])
         whole = dict(empty=False, merged=False, max_length=args.max_length)
-        return data.truncate(row["prompt"], **completion, **whole)
+        return data.finish_example(row["prompt"], **completion, **whole)
 
     # `datasets` keeps the result under a hash of all that goes into it.
     key = repr([split.rows._fingerprint, args.seed, Path(__file__).read_text()])
@@ -189,19 +189,19 @@ def with_margins(results, prefix=""):
 
 
 @torch.no_grad()
-def evaluate(model, held_out, step, args, run):
+def evaluate(model, held_out, done, args, run):
     """The metrics of the held-out rows; the values of each row go to output_dir/eval."""
     metrics = common.Metrics(model, run)
-    mismatched = common.whole_split(held_out.mismatched, "evaluate z0", args, run)
-    kl = estimate_kl(model, mismatched, run) if step > 0 else torch.zeros((), device=run.device)
-    for batch in common.whole_split(held_out, "evaluate", args, run):
-        if step == 0 and uses_reference(args):  # the policy still is the reference
+    mismatched = common.split_batches(held_out.mismatched, "evaluate z0", args, run)
+    kl = estimate_kl(model, mismatched, run) if done > 0 else torch.zeros((), device=run.device)
+    for batch in common.split_batches(held_out, "evaluate", args, run):
+        if done == 0 and uses_reference(args):  # the policy still is the reference
             logps, entropies = batch.ref_logps, batch.ref_entropies
         else:
             logps, entropies = model(batch, entropy=True)  # (R,) summed over tokens
         losses, rewards = kto_loss(logps, batch.ref_logps, batch.labels, kl, args)
         add_rows(metrics, batch, logps, losses, rewards, kl, entropies)
-    metrics.save_rows(held_out, step)
+    metrics.save_rows(held_out, done)
     return with_margins(metrics.reduce("eval/"), "eval/")
 
 
@@ -222,8 +222,8 @@ def main(args):
         # brings its own, as batch.ref_logps.
         common.add_reference(model, train, held_out, args, run)
         common.add_reference(model, train.mismatched, held_out and held_out.mismatched, args, run)
-    # Float32 weights and moments: in bfloat16 nearly every update would be rounded away at these
-    # learning rates, which the loop sets.
+    # Weights and moments are float32: bfloat16 would round nearly every update of this size away.
+    # The loop sets the learning rate of each step.
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     common.init_adamw(optimizer)
     first_step = common.load_checkpoint(model, optimizer, train, num_steps, args, run)
@@ -253,7 +253,7 @@ def main(args):
         optimizer.zero_grad()
 
         # All that follows reports and saves: it changes nothing in the training.
-        done = step + 1  # steps are counted from 0 here, and from 1 in all that is saved
+        done = step + 1  # updates so far, the number in logs and files: 0 is before training
         results = with_margins(metrics.reduce())  # means over all processes' rows
         results |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
         if held_out and common.due(args.eval_every, done, num_steps):

@@ -56,13 +56,13 @@ def sft_loss(logps, lengths):
 
 
 @torch.no_grad()
-def evaluate(model, held_out, step, args, run):
+def evaluate(model, held_out, done, args, run):
     """The metrics of the held-out chats; the values of each chat go to output_dir/eval."""
     metrics = common.Metrics(model, run)
-    for batch in common.whole_split(held_out, "evaluate", args, run):
+    for batch in common.split_batches(held_out, "evaluate", args, run):
         logps, entropies = model(batch, entropy=True)  # (R,) summed over tokens
         metrics.add(batch, logps, -logps, {"loss": (-logps, batch.lengths)}, entropies)
-    metrics.save_rows(held_out, step)
+    metrics.save_rows(held_out, done)
     return metrics.reduce("eval/")
 
 
@@ -73,8 +73,8 @@ def main(args):
     num_steps = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
     common.exit_if_finished(num_steps, args, run)  # --resume of a finished run
     model = common.load_model(args, run)  # float32 weights, sharded over the processes
-    # Float32 weights and moments: in bfloat16 nearly every update would be rounded away at these
-    # learning rates, which the loop sets.
+    # Weights and moments are float32: bfloat16 would round nearly every update of this size away.
+    # The loop sets the learning rate of each step.
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     common.init_adamw(optimizer)
     first_step = common.load_checkpoint(model, optimizer, train, num_steps, args, run)
@@ -101,7 +101,7 @@ def main(args):
         optimizer.zero_grad()
 
         # All that follows reports and saves: it changes nothing in the training.
-        done = step + 1  # steps are counted from 0 here, and from 1 in all that is saved
+        done = step + 1  # updates so far, the number in logs and files: 0 is before training
         results = metrics.reduce()  # means over all processes' rows
         results |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
         if held_out and common.due(args.eval_every, done, num_steps):

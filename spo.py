@@ -94,11 +94,11 @@ def preference_loss(policy, ref, args):
 
 
 @torch.no_grad()
-def evaluate(model, held_out, step, args, run):
+def evaluate(model, held_out, done, args, run):
     """The metrics of the held-out rows; the values of each row go to output_dir/eval."""
     metrics = common.Metrics(model, run)
-    for batch in common.whole_split(held_out, "evaluate", args, run):
-        if step == 0 and uses_reference(args):  # the policy still is the reference
+    for batch in common.split_batches(held_out, "evaluate", args, run):
+        if done == 0 and uses_reference(args):  # the policy still is the reference
             logps, entropies = batch.ref_logps, batch.ref_entropies
         else:
             logps, entropies = model(batch, entropy=True)  # (R,) summed over tokens
@@ -106,7 +106,7 @@ def evaluate(model, held_out, step, args, run):
         ref = common.as_pairs(batch.ref_logps, batch.lengths)
         losses, chosen_rewards, rejected_rewards = preference_loss(policy, ref, args)
         metrics.add_pairs(batch, logps, losses, chosen_rewards, rejected_rewards, entropies)
-    metrics.save_rows(held_out, step)
+    metrics.save_rows(held_out, done)
     return metrics.reduce("eval/")
 
 
@@ -121,8 +121,8 @@ def main(args):
         # Log-probs of the policy before its first step: no second model is in memory. Each batch
         # brings its own, as batch.ref_logps.
         common.add_reference(model, train, held_out, args, run)
-    # Float32 weights and moments: in bfloat16 nearly every update would be rounded away at these
-    # learning rates, which the loop sets.
+    # Weights and moments are float32: bfloat16 would round nearly every update of this size away.
+    # The loop sets the learning rate of each step.
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     common.init_adamw(optimizer)
     first_step = common.load_checkpoint(model, optimizer, train, num_steps, args, run)
@@ -153,7 +153,7 @@ def main(args):
         optimizer.zero_grad()
 
         # All that follows reports and saves: it changes nothing in the training.
-        done = step + 1  # steps are counted from 0 here, and from 1 in all that is saved
+        done = step + 1  # updates so far, the number in logs and files: 0 is before training
         results = metrics.reduce()  # means over all processes' rows
         results |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
         if held_out and common.due(args.eval_every, done, num_steps):

@@ -36,7 +36,7 @@ def rows_of(args, **settings):
 def packed(start, **settings):
     """(rows, responses) log-probs and entropies of the whole split."""
     args = dataclasses.replace(start.args, **settings)
-    return table(start, common.whole_split(start.train, "test", args, start.run))
+    return table(start, common.split_batches(start.train, "test", args, start.run))
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def gradients(start):
     """{parameter: gradient} of a weighted sum of the log-probs, in several micro-batches."""
     weights = mixed_signs(start.train.lengths.shape)
     start.model.zero_grad()
-    for batch in common.whole_split(start.train, "test", start.args, start.run):
+    for batch in common.split_batches(start.train, "test", start.args, start.run):
         sums, _ = start.model(batch)
         (sums.view(len(batch.rows), -1) * weights[batch.rows]).sum().backward()
     parameters = start.model.hf_model.named_parameters()

@@ -67,7 +67,7 @@ ARRAYS = {
 
 def split_of(examples):
     whole = dict(empty=False, merged=False, max_length=100)
-    rows = [data.truncate(**example, **whole) for example in examples]
+    rows = [data.finish_example(**example, **whole) for example in examples]
     return data.Split(datasets.Dataset.from_list(rows, features=data.FEATURES))
 
 
@@ -111,7 +111,7 @@ def test_the_processes_share_a_step_and_a_split():
     args = SimpleNamespace(batch_size=8, tokens_per_micro_batch=16, seed=3)
     runs = [SimpleNamespace(rank=rank, world_size=2, device=CPU) for rank in (0, 1)]
     step = [list(data.micro_batches(split, 0, args, run)) for run in runs]
-    whole = [list(data.whole_split(split, "evaluate", args, run)) for run in runs]
+    whole = [list(data.split_batches(split, "evaluate", args, run)) for run in runs]
     order = np.random.default_rng((3, 0)).permutation(12)
     for shares, rows in ((step, order[:8]), (whole, np.arange(12))):
         assert len(shares[0]) == len(shares[1])

@@ -69,7 +69,7 @@ def test_partners_follow_the_order_of_the_first_epoch(world, tmp_path):
 
 
 def test_mismatched_pairs_have_their_own_prompt_and_the_partners_completion(world, tmp_path):
-    args = settings(world, tmp_path)
+    args = settings(world, tmp_path, eval_every=1)
     for split, pairs in loaded(args):
         prompts = [tuple(prompt) for prompt in split.rows["prompt"]]
         assert len(set(prompts)) <= len(prompts) / 2  # pairs taken apart
@@ -225,7 +225,8 @@ def test_the_evaluation_before_the_first_step_is_what_computing_gives(world, tmp
     unmoved += ["logratios/chosen", "logratios/rejected"]
     assert all(first[f"eval/{name}"] == 0 for name in unmoved)
 
-    args = settings(world, tmp_path / "again", **weights, tokens_per_micro_batch=150)
+    others = dict(eval_every=1, tokens_per_micro_batch=150)
+    args = settings(world, tmp_path / "again", **weights, **others)
     run = common.start(args)
     (train, pairs), (held_out, held_out_pairs) = loaded(args)
     policy = common.load_model(args, run)
@@ -293,7 +294,7 @@ def test_a_resumed_run_ends_with_the_same_bits(world, tmp_path, monkeypatch):
 def test_rows_and_mismatched_pairs_have_a_reference_file_each(world, tmp_path, capsys):
     """The seed decides on the pairs and not on the rows, so another one adds one file."""
     folder = tmp_path / "reference"
-    computed, read = f"rows computed: kept in {folder}", f"rows read from {folder}"
+    computed, read = f"rows kept in {folder}", f"rows read from {folder}"
     for seed, out, found in (
         (1, "a", [computed, computed]),
         (1, "b", [read, read]),
