@@ -141,7 +141,7 @@ def check_settings(args):
     before = yaml.safe_load((folder / "config.yaml").read_text())
     for name, value in vars(args).items():
         if name not in MAY_CHANGE and value != before.get(name):
-            fail(f"--resume: the run in {folder} has {name} {before.get(name)}, not {value}")
+            fail(f"--resume: the run in {folder} has {name} {before.get(name)!r}, not {value!r}")
 
 
 # ---- Processes ----
