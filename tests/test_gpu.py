@@ -331,6 +331,7 @@ def test_export(form, work, one_step):
     generates."""
     one_step()
     args, folder = settings_of(spo, form, work, "short", "one-step"), work / "runs/one-step"
+    args.eval_every = 1
     _, held_out = common.load_pairs(args, common.load_tokenizer(args.model))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(form.device)
     written = load_file(folder / "eval/step-000001.safetensors")["policy"]
