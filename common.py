@@ -5,6 +5,7 @@ Letters in shapes: B rows, R responses, T tokens and N scored tokens of a micro-
 size, V vocabulary. A log-prob is in nats, of a token (N,) or summed over a response's (R,)."""
 
 import contextlib
+import ctypes
 import datetime
 import hashlib
 import importlib.util
@@ -14,15 +15,16 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -35,9 +37,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import data
+import files
+import model_files
 from data import micro_batches, split_batches  # noqa: F401, the scripts call them as common's
 
 # Set on import: torch's threads and the GPU's allocator read these once, when they start.
@@ -120,7 +124,7 @@ MAY_CHANGE = """resume output_dir num_train_epochs max_steps tokens_per_micro_ba
 
 
 def check_settings(args):
-    """Checks the shared settings, makes output_dir, and under `--resume` compares with its run."""
+    """Ends the program for shared settings that are out of range."""
     for name in POSITIVE:
         if getattr(args, name) <= 0:
             fail(f"--{name} must be above 0")
@@ -131,17 +135,28 @@ def check_settings(args):
         fail("--warmup_ratio must be a share of the steps, from 0 to 1")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         fail(f"--report_to {args.report_to} needs that package: pip install {args.report_to}")
-    folder = Path(args.output_dir)
+    for name, value in vars(args).items():
+        if value != value:
+            fail(f"--{name} is not a number")
+
+
+def claim_output(args):
+    """Makes output_dir, which must be empty or, under `--resume`, have a run of the same settings.
+    Returns rank 0's lock on it, which holds while that is open."""
+    folder, config = Path(args.output_dir), Path(args.output_dir) / "config.yaml"
     with user_errors(f"--output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
-        return
-    if not args.resume or not (folder / "config.yaml").is_file():
+        lock = files.lock(folder) if dist.get_rank() == 0 else None
+    if all(path.name == ".lock" for path in folder.iterdir()):
+        return lock
+    if not args.resume or not config.is_file():
         fail(f"--output_dir {folder} is in use: choose another (or --resume, if it holds a run)")
-    before = yaml.safe_load((folder / "config.yaml").read_text())
+    with user_errors(f"{config} is damaged: restore it, or choose another --output_dir"):
+        before = dict(yaml.safe_load(config.read_text()))
     for name, value in vars(args).items():
         if name not in MAY_CHANGE and value != before.get(name):
             fail(f"--resume: the run in {folder} has {name} {before.get(name)!r}, not {value!r}")
+    return lock
 
 
 # ---- Processes ----
@@ -164,9 +179,12 @@ def start(args):
         if "RANK" not in os.environ:
             options |= dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # else a worker would outlive a killed torchrun
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
     with rank_zero_first():
         check_settings(args)
-    return Run(args)
+        lock = claim_output(args)
+    return Run(args, lock)
 
 
 def report_crash(args, kind, error, traceback):
@@ -215,8 +233,8 @@ def print0(message):
 class Run:
     """What a process knows of the run: its rank, its device, and where the output goes."""
 
-    def __init__(self, args):
-        self.args, self.output_dir = args, Path(args.output_dir)
+    def __init__(self, args, lock):
+        self.args, self.output_dir, self.lock = args, Path(args.output_dir), lock
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device, self.compute_dtype = torch.device("cpu"), torch.float32
         if torch.cuda.is_available():
@@ -224,9 +242,13 @@ class Run:
             self.compute_dtype = torch.bfloat16
         self.mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
         self.tracker = self.bar = None  # made by the first `log`, and by `progress`
+        self.pending = self.signal = 0  # that this process has had, and that all know of
 
     def progress(self, first_step, num_steps):
-        """The steps that are left, under a bar that `log` keeps up to date."""
+        """The steps that are left, under a bar that `log` keeps up to date. From here on Ctrl-C and
+        SIGTERM wait for the step's end and a checkpoint."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
         options = dict(total=num_steps, initial=first_step, unit="step", disable=self.rank > 0)
         self.bar = tqdm(range(first_step, num_steps), "train", **options)
         return self.bar
@@ -245,8 +267,25 @@ class Run:
         if self.bar and figures:  # step 0 has neither: it is an evaluation alone
             self.bar.set_postfix(figures)
 
+    def on_signal(self, number, frame):
+        """Notes a signal for Metrics.reduce. Another one, if not torchrun's copy, ends at once."""
+        if self.pending and time.monotonic() > self.signalled + 3:
+            signal.default_int_handler(number, frame)
+        if not self.pending:
+            self.pending, self.signalled = number, time.monotonic()
+            print0("stopping after this step, with a checkpoint; again to stop at once")
+
+    def exit_on_signal(self, step):
+        """Ends the program, with 130 or 143, where a process has had a signal."""
+        if self.signal:
+            print0(f"stopped after step {step}; the same command with --resume goes on from there")
+            dist.destroy_process_group()
+            raise SystemExit(128 + self.signal)
+
     def close(self):
         """Draws the run's curves where matplotlib is installed, and leaves the process group."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.rank == 0 and importlib.util.find_spec("matplotlib"):
             curves = importlib.import_module("curves")
             curves.draw([self.output_dir], self.output_dir / "curves.png")
@@ -264,24 +303,15 @@ def open_tracker(args):
 
 
 # ---- Models and splits on disk ----
-def model_folder(name, weights=False):
-    """A model's folder: `name` itself, or the hub's files, without pickles and code."""
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            fail(f"--model {name}: no config.json, so this is not a whole model")
-        return Path(name)
-    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
-    if weights:
-        patterns.append("*.safetensors")
-    options = dict(allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])  # duplicates
-    with user_errors(f"--model {name}: {data.NOT_FOUND} ({data.OFFLINE})"):
-        return Path(huggingface_hub.snapshot_download(name, **options))
-
-
 def load_tokenizer(name):
     """The tokenizer of a model folder or hub model."""
-    with rank_zero_first(), user_errors(f"--model {name}: its tokenizer cannot be read"):
-        return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
+    with rank_zero_first(), user_errors(f"--model {name}"):
+        folder = model_files.model_folder(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model_files.generation_config(
+            name, tokenizer
+        )  # for the export: a bad one ends the run here
+    return tokenizer
 
 
 def load_splits(args, tokenizer, encode):
@@ -319,7 +349,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling, batch=N
     """What transformers calls in every layer: a response attends causally to its prompt and itself.
     query (1, heads, T, d), key and value (1, kv_heads, T, d) -> (1, T, heads, d), None."""
     if attention_mask is not None or batch is None:
-        fail(f"--model: {type(module).__name__} makes its own mask or does not pass on arguments")
+        raise ValueError("its attention makes its own mask or gets no arguments")
     window, softcap = options.get("sliding_window"), options.get("softcap")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
     key, value = key[batch.key_index], value[batch.key_index]  # prompts once for each response
@@ -370,41 +400,77 @@ class LogprobModel(torch.nn.Module):
 
     def __init__(self, hf_model):
         super().__init__()
-        self.hf_model = hf_model
+        self.hf_model, self.stock_attention = hf_model, hf_model.config._attn_implementation
         self.tokens_computed = 0  # by this process, so far
+        transformers.AttentionInterface.register("packed", packed_attention)
+        self.use("packed" if model_files.packable(hf_model) else "padded")
+
+    def use(self, way):
+        """way: "packed", "padded", or "plain": transformers' forward of each response alone."""
+        self.way = way
+        self.hf_model.set_attn_implementation("packed" if way == "packed" else self.stock_attention)
 
     def forward(self, batch, entropy=False):
         """(R,) log-probs and, with `entropy`, (R,) summed entropies of the predictions, or None."""
+        if self.way == "plain":
+            return self.plain_logps(batch), None
         self.tokens_computed += len(batch.ids)
-        ids, positions = batch.ids[None], batch.positions[None]  # (1, T)
-        out = self.hf_model.base_model(ids, position_ids=positions, batch=batch, use_cache=False)
-        hidden = out.last_hidden_state[0, batch.predictors]  # (N, H)
-        lm_head = self.hf_model.get_output_embeddings().weight  # (V, H)
-        softcap = getattr(self.hf_model.config, "final_logit_softcapping", None)
-        logps, entropies = token_logps(hidden, lm_head, batch.targets, softcap, entropy)  # (N,)
+        hidden = self.packed_hidden(batch) if self.way == "packed" else self.padded_hidden(batch)
+        lm_head, config = self.hf_model.get_output_embeddings(), self.hf_model.config
+        # Cohere and Falcon-H1 multiply the logits by a number, Granite divides them.
+        scale = getattr(config, "logit_scale", 1) * getattr(config, "lm_head_multiplier", 1)
+        hidden, weight = hidden * (scale / getattr(config, "logits_scaling", 1)), lm_head.weight
+        if lm_head.bias is not None:  # the weight of one more hidden number, which is 1
+            hidden = F.pad(hidden, (0, 1), value=1)
+            weight = torch.cat([weight, lm_head.bias[:, None]], dim=1)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        logps, entropies = token_logps(hidden, weight, batch.targets, softcap, entropy)  # (N,)
         zeros = torch.zeros(len(batch.lengths), device=hidden.device)
         logps = zeros.index_add(0, batch.response_of_token, logps)  # (R,)
         if entropy:
             entropies = zeros.index_add(0, batch.response_of_token, entropies)
         return logps, entropies
 
+    def packed_hidden(self, batch):
+        """(N, H) hidden states of the predictors, of all rows as one sequence of T tokens."""
+        ids, positions = batch.ids[None], batch.positions[None]  # (1, T)
+        out = self.hf_model.base_model(ids, position_ids=positions, batch=batch, use_cache=False)
+        return out.last_hidden_state[0, batch.predictors]
+
+    def padded_hidden(self, batch):
+        """(N, H) the same, of a sequence for each response. Their ends are padded, which changes
+        nothing before in a causal model, so that no mask is needed."""
+        ids = torch.nn.utils.rnn.pad_sequence(batch.sequences(), batch_first=True)  # (R, longest)
+        hidden = self.hf_model.base_model(ids, use_cache=False).last_hidden_state
+        return hidden[batch.response_of_token, batch.positions[batch.predictors]]
+
+    def plain_logps(self, batch):
+        """(R,) what check_model compares with, without any of the above."""
+        positions, logps = batch.positions[batch.predictors], []
+        for i, ids in enumerate(batch.sequences()):
+            tokens = batch.response_of_token == i
+            logits = self.hf_model(ids[None], use_cache=False).logits[0, positions[tokens]].float()
+            logps.append(logits.log_softmax(-1).gather(1, batch.targets[tokens, None]).sum())
+        return torch.stack(logps)
+
 
 def load_model(args, run):
     """The policy, a LogprobModel: float32 parameters, sharded over the processes, which compute in
     `run.compute_dtype`. A folder with a config and no weights gives a model drawn from `seed`."""
     whole = None  # rank 0 alone reads the weights, and sends the others their shards
-    with rank_zero_first(), user_errors(f"--model {args.model} cannot be read"):
-        folder = model_folder(args.model, weights=run.rank == 0)
+    with rank_zero_first(), user_errors(f"--model {args.model}"):
+        folder = model_files.model_folder(args.model)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        options = dict(dtype=torch.float32, attn_implementation="eager")
         with torch.device("meta"):
-            hf_model = AutoModelForCausalLM.from_config(config, **options)
-        refuse_unsupported(hf_model, args)
-        transformers.AttentionInterface.register("packed", packed_attention)
-        hf_model.set_attn_implementation("packed")
+            hf_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model_files.refuse_unsupported(hf_model, args.max_length)
         if run.rank == 0:
-            whole = read_weights(folder, args)
+            whole = model_files.read_weights(args.model, args.seed)
+    limit = model_files.position_limit(hf_model)
+    if args.max_length > limit:
+        print0(f"WARNING: --max_length {args.max_length}, but {args.model} is made for {limit}")
     model = LogprobModel(hf_model)
+    run.padded = model.way == "padded"  # as check_model may decide, too
     shard(model, args, run)
     model.to_empty(device=run.device)
     hf_model.tie_weights()
@@ -414,7 +480,9 @@ def load_model(args, run):
         if whole:
             buffer.copy_(whole.get_buffer(name))
         dist.broadcast(buffer, 0)
-    hf_model.config.dtype = whole.dtype if whole else None  # of the files: rank 0 exports in it
+    if whole:  # `export`, on rank 0, writes what it has read: some tensors may be in float32
+        model.dtype = whole.dtype
+        model.tensor_dtypes = {name: tensor.dtype for name, tensor in whole.state_dict().items()}
     size = sum(parameter.numel() for parameter in model.parameters())
     print0(f"{size:,} parameters, computing in {run.compute_dtype} on {run.device.type}")
     memory = f"{16 * size / run.world_size / 1e9:.2f} GB"  # all in float32
@@ -426,7 +494,7 @@ def shard(model, args, run):
     """FSDP: each process keeps a part of every parameter, and gathers a block's to compute it."""
     options = dict(reduce_dtype=torch.float32, cast_forward_inputs=False)
     precision = MixedPrecisionPolicy(run.compute_dtype, **options)
-    for block in list(model.modules()):
+    for block in reversed(list(model.modules())):  # inner ones first, as FSDP asks
         if type(block).__name__ in model.hf_model._no_split_modules:
             if args.gradient_checkpointing:  # backward recomputes the block's activations
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -435,46 +503,40 @@ def shard(model, args, run):
     fully_shard(model, mesh=run.mesh, mp_policy=precision, reshard_after_forward=True)
 
 
-def read_weights(folder, args):
-    """The whole model, in the dtype of its files."""
-    if any(folder.glob("*.safetensors")):
-        options = dict(dtype="auto", use_safetensors=True, output_loading_info=True)
-        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
-        missing = sorted(info["missing_keys"])
-        if missing:
-            fail(f"--model {args.model}: {len(missing)} tensors are missing, such as {missing[0]}")
-        return model
-    pickles = [x.name for x in folder.iterdir() if x.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-    if pickles:
-        fail(f"--model {folder}: the weights are pickled ({pickles[0]}); only safetensors are read")
-    if folder != Path(args.model):
-        fail(f"--model {args.model}: the hub has no safetensors of it")
-    print0(f"{folder} has a config and no weights: they are drawn from seed {args.seed}")
-    torch.manual_seed(args.seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-
-
-def refuse_unsupported(model, args):
-    """Ends the program for an architecture that would be computed wrongly here."""
-    config, rope = model.config, getattr(model.config, "rope_parameters", None) or {}
-    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    limit = getattr(config, "max_position_embeddings", 0)
-    limit = rope.get("original_max_position_embeddings", limit)
-    stretched = rope.get("rope_type") in ("dynamic", "longrope") and args.max_length > limit
-    scales = "logit_scale", "logits_scaling", "lm_head_multiplier"
-    reasons = {
-        "its attention cannot be replaced": not model._supports_attention_backend,
-        "it is multimodal": config.get_text_config() is not config,
-        "it is quantized": getattr(config, "quantization_config", None),
-        f"it has layers of {', '.join(odd)}": odd,
-        "it has attention sinks": any("sinks" in name for name, _ in model.named_parameters()),
-        "its logits are scaled": any(getattr(config, name, 1) != 1 for name in scales),
-        "its LM head has a bias": model.get_output_embeddings().bias is not None,
-        f"beyond {limit} tokens (--max_length) a row's positions depend on the others'": stretched,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            fail(f"--model {args.model}: {type(model).__name__} cannot be trained here: {reason}")
+@torch.no_grad()
+def check_model(model, train, args, run):
+    """Compares the log-probs of three rows, the longest among them, with transformers' own forward.
+    Packed rows that differ are padded from here on; if these differ too, or if the model is not
+    causal, the program ends."""
+    name, ways = type(model.hf_model).__name__, ["packed", "padded"]
+    limit = 5e-2 if run.compute_dtype == torch.bfloat16 else 1e-4  # nats a token
+    order = train.tokens.argsort()
+    batch = data.Batch(train, order[[0, len(order) // 2, -1]], 0, run.device)
+    ways = ways[ways.index(model.way) :]
+    with user_errors(f"--model {args.model}: {name} cannot compute a row"):
+        model.use("plain")
+        plain, _ = model(batch)
+        ids, last = batch.ids.clone(), batch.key_index[batch.key_offsets[1:] - 1]
+        batch.ids[last] = (ids[last] + 1) % model.hf_model.config.vocab_size
+        if ((plain - model(batch)[0]).abs() / batch.lengths).max() > limit:
+            raise ValueError("it is not causal: log-probs depend on later tokens")
+        batch.ids = ids
+        for way in ways:
+            model.use(way)
+            try:
+                difference = ((plain - model(batch)[0]).abs() / batch.lengths).max()
+            except ValueError:  # packed_attention's
+                difference = math.inf
+            if difference <= limit:
+                break
+        else:
+            raise ValueError(
+                f"log-probs differ from transformers' by {difference:.1e} nats a token"
+            )
+    model.tokens_computed, run.padded = 0, way == "padded"
+    if run.padded:
+        more = train.padded_tokens.sum() / train.tokens.sum()
+        print0(f"{name} cannot be packed: rows are padded, to {more:.1f} times the tokens")
 
 
 # ---- Log-probs ----
@@ -572,24 +634,47 @@ def as_pairs(logps, lengths):
 def add_reference(model, train, held_out, args, run):
     """Sets `ref` and `start_id` of the splits, and `ref_entropies` of the held-out one. Files in
     reference/, beside output_dir, keep them for all runs from the same model and rows."""
-    start = from_rank_zero(start_fingerprint(args.model, args.seed) if run.rank == 0 else None)
+    start = from_rank_zero(
+        model_files.start_fingerprint(args.model, args.seed) if run.rank == 0 else None
+    )
     for split in [train, held_out] if held_out else [train]:
         entropy = split is held_out
         key = [start, split.fingerprint, run.compute_dtype, run.device.type, "packed", entropy]
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
         path = run.output_dir.parent / "reference" / f"{name}.safetensors"
-        if from_rank_zero(path.is_file()):  # rank 0 decides for all: another run may be writing it
-            values, verb = load_file(path), "read from"
+        # Rank 0 decides for all, as another run may be writing the file now.
+        if from_rank_zero(run.rank == 0 and read_reference(path, split) is not None):
+            values, verb = read_reference(path, split), "read from"
         else:
+            with rank_zero_first(), user_errors(f"{path.parent} cannot be written"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=path.parent).close()
             values, verb = compute_reference(model, split, entropy, args, run), "kept in"
             if run.rank == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
-                save_file(values, unfinished)
-                unfinished.replace(path)
+                with files.whole(path) as unfinished:
+                    save_file(values | {"checksum": checksum(values)}, unfinished)
         split.start_id, split.ref = start, values["logps"]
         split.ref_entropies = values.get("entropies")
         print0(f"reference: log-probs of {len(split)} rows {verb} {path}")
+
+
+def read_reference(path, split):
+    """The values that compute_reference gave, or None where there are none, or not as written."""
+    if not path.is_file():
+        return None
+    try:
+        values = load_file(path)
+        if values.pop("checksum") == checksum(values) and values["lengths"].equal(split.lengths):
+            return values
+    except Exception:  # of a cut file
+        pass
+    print0(f"WARNING: {path} is damaged")
+    return None
+
+
+def checksum(values):
+    """CRC-32 of {name: tensor}, 0-d."""
+    return torch.tensor(zlib.crc32(b"".join(values[x].numpy().tobytes() for x in sorted(values))))
 
 
 @torch.no_grad()
@@ -599,6 +684,9 @@ def compute_reference(model, split, entropy, args, run):
     results = [(batch.rows, *model(batch, entropy)) for batch in batches]
     rows, logps, entropies = zip(*results, strict=True)
     values = {"logps": gather_rows(split, rows, logps, run), "lengths": split.lengths}
+    bad = (~values["logps"].isfinite()).any(1).nonzero()[:, 0].tolist()
+    if bad:
+        fail(f"--model {args.model}: its log-probs are not finite in kept rows {bad}")
     if entropy:
         values["entropies"] = gather_rows(split, rows, entropies, run)
     return values
@@ -611,17 +699,6 @@ def gather_rows(split, rows, values, run):
         table[members] = batch_values.view(len(members), -1)
     dist.all_reduce(table)  # a sum: one process has set a row, the others have 0 there
     return table.cpu()
-
-
-def start_fingerprint(name, seed):
-    """Identifies the start weights: the hub's commit, hashes of the files, or config and seed."""
-    folder = model_folder(name)
-    if folder != Path(name):
-        return folder.name
-    weights = sorted(folder.glob("*.safetensors"))
-    files = [np.memmap(path, mode="r") for path in [folder / "config.json", *weights]]
-    hashes = [hashlib.sha256(file).hexdigest() for file in files]
-    return hashes if weights else [*hashes, seed]
 
 
 def check_reference(metrics, train, run):
@@ -678,16 +755,20 @@ class Metrics:
         self.add(batch, logps, losses, values, entropies)
 
     def reduce(self, prefix=""):
-        """{name: mean over all processes}, and tokens_per_second. All processes must call this."""
+        """{name: mean over all processes}, and tokens_per_second. All processes must call this: it
+        also tells all of a signal that one has had."""
         totals = torch.stack(list(self.sums.values())).cpu()  # waits for the GPU: the clock is next
         seconds = (time.perf_counter() - self.started) / self.run.world_size  # summed: the mean
         tokens = self.model.tokens_computed - self.tokens_before
-        speed = torch.tensor([[tokens, seconds if tokens else 0]], dtype=torch.float64)
-        totals = torch.cat([totals, speed])  # (names, 2)
+        signals = [self.run.pending == number for number in (signal.SIGTERM, signal.SIGINT)]
+        speed = torch.tensor([[tokens, seconds if tokens else 0], signals], dtype=torch.float64)
+        totals = torch.cat([totals, speed])  # (names and 1, 2)
         dist.all_reduce(totals)
+        *totals, (terminated, interrupted) = totals.tolist()
+        self.run.signal = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
         names = [prefix + name for name in [*self.sums, "tokens_per_second"]]
         # A count is 0 where a class has no row or, for the speed, nothing was computed.
-        return {name: x / n for name, (x, n) in zip(names, totals.tolist(), strict=True) if n}
+        return {name: x / n for name, (x, n) in zip(names, totals, strict=True) if n}
 
     def save_rows(self, split, step):
         """Writes the rows' values as eval/step-<step>.safetensors. All processes must call this."""
@@ -697,14 +778,15 @@ class Metrics:
         if split.ref is not None:
             values["reference"] = split.ref
         if self.run.rank == 0:
-            path = self.run.output_dir / "eval" / f"step-{step:06d}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            save_file(values, path)
+            with files.whole(self.run.output_dir / f"eval/step-{step:06d}.safetensors") as path:
+                save_file(values, path)
 
 
 def stop_unless_finite(grad_norm, metrics, step):
     """Ends the run before an update by a gradient that is not finite; checkpoints stay."""
-    if math.isfinite(grad_norm):
+    if math.isfinite(grad_norm) and all(
+        losses.isfinite().all() for _, losses, *_ in metrics.batches
+    ):
         return
     rows = torch.cat([torch.tensor(rows) for rows, *_ in metrics.batches])
     losses = torch.cat([losses.cpu() for _, losses, *_ in metrics.batches])
@@ -756,41 +838,53 @@ def save_checkpoint(model, optimizer, train, step, args, run):
     dist.barrier()
     writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)  # no pickle
     dcp.save(training_state(model, optimizer), storage_writer=writer)
+    state = dict(step=step, rows=train.fingerprint, start=train.start_id)
+    state["files"] = checksums(unfinished, run)
     if run.rank == 0:
-        files = {file.name: file.stat().st_size for file in unfinished.iterdir()}
-        state = dict(step=step, rows=train.fingerprint, start=train.start_id, files=files)
         (unfinished / "state.json").write_text(json.dumps(state, indent=2))
         for path in [*unfinished.iterdir(), unfinished]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        shutil.rmtree(final, ignore_errors=True)  # can only be incomplete
+            files.sync(path)
+        shutil.rmtree(final, ignore_errors=True)  # can only be a damaged one
         unfinished.rename(final)
-        for old in set(folder.glob("step-*")) - set(checkpoints(run)[-args.keep_checkpoints :]):
+        for old in sorted(folder.glob("step-*"))[: -args.keep_checkpoints]:
             shutil.rmtree(old)
     dist.barrier()
 
 
-def checkpoints(run):
-    """The folders of the complete checkpoints, oldest first."""
-    complete = []
-    for path in sorted(run.output_dir.glob("checkpoints/step-*/state.json")):
-        expected = json.loads(path.read_text())["files"]
-        sizes = {file.name: file.stat().st_size for file in path.parent.iterdir()}
-        if expected.items() <= sizes.items():
-            complete.append(path.parent)
-    return complete
+def checksums(folder, run):
+    """{name: CRC-32} of a checkpoint's files. Each process reads its share; all must call this."""
+    names = from_rank_zero(sorted(path.name for path in folder.glob("*.safetensors*")))
+    own = {name: files.checksum(folder / name) for name in names[run.rank :: run.world_size]}
+    parts = [None] * run.world_size
+    dist.all_gather_object(parts, own)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def find_checkpoint(run):
+    """(folder, state) of the newest checkpoint that is as it was written; None if there is none at
+    all. All processes must call this."""
+    folders = from_rank_zero(sorted(run.output_dir.glob("checkpoints/step-*"), reverse=True))
+    for folder in folders:
+        found, state = checksums(folder, run), {"files": {"state.json": None}}
+        with contextlib.suppress(OSError, ValueError):
+            state = json.loads((folder / "state.json").read_text())
+        damaged = [name for name, value in state["files"].items() if found.get(name) != value]
+        if not damaged:
+            return folder, state
+        print0(f"WARNING: {folder / damaged[0]} is damaged")
+    if folders:
+        fail(f"--resume: no checkpoint is whole; to begin again, delete {folders[0].parent}")
+    return None
 
 
 def load_checkpoint(model, optimizer, train, num_steps, args, run):
     """Under `--resume`, loads the newest checkpoint. Returns its step, or 0 where there is none."""
-    newest = from_rank_zero(checkpoints(run)[-1:] if args.resume else [])
+    newest = find_checkpoint(run) if args.resume else None
     if not newest:
         if args.resume:
-            print0("--resume: no complete checkpoint: begins again and overwrites output_dir")
+            print0("--resume: there is no checkpoint: begins again and overwrites output_dir")
         return 0
-    folder = newest[0]
-    state = json.loads((folder / "state.json").read_text())
+    folder, state = newest
     step = state["step"]
     if [state["rows"], state["start"]] != [train.fingerprint, train.start_id]:
         fail(f"--resume: the training rows or the start model are not those of {folder}")
@@ -807,8 +901,9 @@ def load_checkpoint(model, optimizer, train, num_steps, args, run):
 def exit_if_finished(num_steps, args, run):
     """Under `--resume`, ends the program where output_dir already has a model of so many steps."""
     has_model = args.resume and (run.output_dir / "config.json").is_file()
-    log = (run.output_dir / "metrics.jsonl").read_text().splitlines() if has_model else []
-    step = from_rank_zero(json.loads(log[-1])["step"] if log else -1)
+    with user_errors(run.output_dir / "metrics.jsonl"):
+        log = files.read_json_lines(run.output_dir / "metrics.jsonl") if has_model else []
+    step = from_rank_zero(log[-1]["step"] if log else -1)
     if step >= num_steps:
         print0(f"nothing is left to do: the run in {run.output_dir} ended with step {step}")
         raise SystemExit(0)
@@ -819,54 +914,49 @@ def begin_output(first_step, args, run):
     if run.rank > 0:
         return
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
-    (run.output_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     log = run.output_dir / "metrics.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if first_step and log.is_file() else []
-    # A killed run may have gone on after its checkpoint, and have left half a line.
-    lines = [line for line in lines if line.endswith("\n")]
-    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+    with user_errors(log):
+        lines = files.read_json_lines(log) if first_step and log.is_file() else []
+    with files.whole(log) as path:  # a killed run may have gone on after its checkpoint
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= first_step]
+        path.write_text("".join(kept))
+    with files.whole(run.output_dir / "config.yaml") as path:
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
     (run.output_dir / "config.json").unlink(missing_ok=True)
 
 
 # ---- Export ----
 def export(model, tokenizer, args, run, folder=None):
-    """Writes a Hugging Face folder, `output_dir` if no other is given, with weights in the start
-    model's dtype. config.json is written last: it marks a complete model."""
-    weights, hf_model = {}, model.hf_model
-    for name, parameter in hf_model.named_parameters():  # a tied weight comes once
+    """Writes a Hugging Face folder, `output_dir` if no other is given, each tensor in the dtype of
+    the start model's. config.json is written last: it marks a complete model."""
+    weights, persistent = {}, model.hf_model.state_dict().keys()  # not what the config determines
+    for name, parameter in model.hf_model.named_parameters():  # a tied weight comes once
         whole = parameter.detach().full_tensor()
         if run.rank == 0:
-            weights[name] = whole.to("cpu", hf_model.config.dtype)
+            weights[name] = whole.to("cpu", model.tensor_dtypes[name])
+    for name, buffer in model.hf_model.named_buffers():
+        if run.rank == 0 and name in persistent:
+            weights[name] = buffer.to("cpu", model.tensor_dtypes[name])
     if run.rank == 0:
         folder = Path(folder or run.output_dir)
         unfinished = folder / ".export"
         shutil.rmtree(unfinished, ignore_errors=True)
-        config = AutoConfig.from_pretrained(model_folder(args.model))
+        config = AutoConfig.from_pretrained(model_files.model_folder(args.model))
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, dtype=hf_model.config.dtype)
-        empty.generation_config = generation_config(args.model, tokenizer)
+            empty = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
         empty.save_pretrained(unfinished, state_dict=weights)
+        # As text, since save_pretrained refuses configs that are found on the hub.
+        ends = model_files.generation_config(args.model, tokenizer).to_json_string()
+        (unfinished / "generation_config.json").write_text(ends)
         tokenizer.save_pretrained(unfinished)
         (unfinished / "README.md").write_text(model_card(args))
         (folder / "config.json").unlink(missing_ok=True)
         for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
+            files.sync(file)
             file.replace(folder / file.name)
         unfinished.rmdir()
         print0(f"model written to {folder}")
     dist.barrier()
-
-
-def generation_config(name, tokenizer):
-    """A model's generation config, which stops at its own end tokens and at the training rows'."""
-    config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_folder(name)))
-    if (model_folder(name) / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(model_folder(name))
-    if tokenizer.chat_template:
-        chat = [dict(role="user", content="?"), dict(role="assistant", content="!")]
-        end = data.ensure_end_token(data.to_ids(chat, tokenizer), tokenizer)[-1]
-        own_ends = np.atleast_1d(config.eos_token_id or end).tolist()
-        config.eos_token_id = sorted({end, *own_ends})
-    return config
 
 
 def model_card(args):
@@ -876,5 +966,6 @@ def model_card(args):
     made = f"Made from {args.model} on {args.train_split} of {args.dataset}"
     by = f"by `{Path(sys.argv[0]).name}` at commit {commit or 'unknown'}"
     header = "---\nlibrary_name: transformers\n---"
-    settings = yaml.safe_dump(vars(args), sort_keys=False)
+    settings = {name: value for name, value in vars(args).items() if name != "resume"}
+    settings = yaml.safe_dump(settings, sort_keys=False)
     return f"{header}\n\n{made}, {by}, with\n\n```yaml\n{settings}```\n"

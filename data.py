@@ -89,6 +89,7 @@ FEATURES = datasets.Features(
     lengths=datasets.List(datasets.Value("int64")),  # scored tokens of each response
     label=datasets.Value("bool"),  # of a labelled row
     tokens=datasets.Value("int64"),  # to compute: the prompt once, and the responses
+    padded_tokens=datasets.Value("int64"),  # the same of a sequence for each response, padded
     digest=datasets.Value("string"),  # a hash of prompt, responses, scored, lengths and label
     dropped=datasets.Value("string"),  # why the row is not used, or ""
     notes=datasets.List(datasets.Value("string")),
@@ -101,6 +102,7 @@ class Split:
     def __init__(self, rows):
         self.rows = rows  # columns as in FEATURES
         self.tokens = np.array(rows["tokens"][:])  # (rows,)
+        self.padded_tokens = np.array(rows["padded_tokens"][:])  # (rows,)
         self.lengths = torch.tensor(rows["lengths"][:])  # (rows, responses)
         self.labels = torch.tensor(rows["label"][:])  # (rows,) bool; all true for pairs and chats
         self.fingerprint = hashlib.sha256("".join(rows["digest"][:]).encode()).hexdigest()
@@ -182,6 +184,7 @@ def finish_example(prompt, responses, scored, empty, merged, max_length, label=T
     example = dict(prompt=prompt, responses=responses, scored=scored, lengths=lengths, label=label)
     example["digest"] = hashlib.sha256(repr(example).encode()).hexdigest()
     example["tokens"] = len(prompt) + sum(map(len, responses))
+    example["padded_tokens"] = len(responses) * (len(prompt) + max(map(len, responses)))
     example["dropped"] = next((reason for reason, holds in drop_reasons.items() if holds), "")
     example["notes"] = [note for note, holds in notes.items() if holds]
     return example
@@ -384,7 +387,11 @@ def split_batches(split, name, args, run):
 
 def my_batches(split, rows, args, run, name=None):
     """This process's share of the rows, a Batch at a time."""
-    bins = bin_pack(split.tokens, rows, args.tokens_per_micro_batch, run.world_size)
+    budget = args.tokens_per_micro_batch, run.world_size
+    if run.padded:
+        bins = pad_pack(split.padded_tokens, rows, *budget)
+    else:
+        bins = bin_pack(split.tokens, rows, *budget)
     own_bins = bins[run.rank :: run.world_size]
     step_tokens = int(split.lengths[rows].sum())
     hidden = name is None or run.rank > 0
@@ -421,6 +428,26 @@ def fill_emptiest(tokens, rows, count):
     return bins
 
 
+def pad_pack(tokens, rows, budget, processes):
+    """The rows in processes x k bins, for padding: rows of a bin have similar lengths, and the
+    longest's tokens times their number is at most max(budget, longest row)."""
+    rows = sorted(rows, key=lambda row: -tokens[row])
+    bins = []
+    start = 0
+    while start < len(rows):
+        size = max(1, budget // tokens[rows[start]])
+        bins.append(rows[start : start + size])
+        start += size
+    wanted = math.ceil(len(bins) / processes) * processes
+    if wanted > len(rows):  # too few rows: some bins are over the budget
+        return [list(part) for part in np.array_split(rows, wanted - processes)]
+    while len(bins) < wanted:
+        bins.sort(key=len)
+        largest = bins.pop()
+        bins += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    return bins
+
+
 class Batch:
     """Rows as one sequence of T tokens without padding: each prompt once, then its responses."""
 
@@ -438,6 +465,10 @@ class Batch:
         if split.ref_entropies is not None:
             self.ref_entropies = split.ref_entropies[rows].flatten().to(device)
         self.pack([split.rows[int(row)] for row in rows], device)
+
+    def sequences(self):
+        """Token ids of prompt and response, of each response."""
+        return self.ids[self.key_index].split(self.key_lengths)
 
     def pack(self, examples, device):
         """Concatenates the examples. Positions in that sequence of T tokens are called places."""

@@ -61,6 +61,7 @@ from transformers.hf_argparser import HfArg
 
 import common
 import data
+import model_files
 
 TRIES = 10  # of a request; with the pauses between them about three minutes
 
@@ -225,14 +226,14 @@ def open_model(name):
     """The Model of a folder or a hub name."""
     with common.user_errors(f"model {name} cannot be read"):
         with common.rank_zero_first():
-            folder = common.model_folder(name, weights=True)
+            folder = model_files.model_folder(name, weights=True)
             if not any(folder.glob("*.safetensors")):
                 raise ValueError("there are no safetensors in its folder")
         tokenizer = common.load_tokenizer(name)
         # Nothing else of its generation config is used: all models are sampled in the same way.
-        ends = common.generation_config(name, tokenizer).eos_token_id
+        ends = model_files.generation_config(name, tokenizer).eos_token_id
         ends = np.atleast_1d(tokenizer.eos_token_id if ends is None else ends).tolist()
-        fingerprint = digest(common.start_fingerprint(name, seed=None), ends)
+        fingerprint = digest(model_files.start_fingerprint(name, seed=None), ends)
     return Model(name, folder, tokenizer, ends, fingerprint)
 
 

@@ -71,7 +71,7 @@ class Args:
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory")
     eval_every: int = HfArg(default=100, help="steps between evaluations; 0 is off")
     save_every: int = HfArg(default=100, help="steps between checkpoints for --resume; 0 is off")
-    keep_checkpoints: int = HfArg(default=1, help="how many of the newest checkpoints to keep")
+    keep_checkpoints: int = HfArg(default=2, help="how many of the newest checkpoints to keep")
     export_every: int = HfArg(default=0, help="steps between models in output_dir/models; 0 is off")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
     report_to: Literal["none", "wandb", "trackio", "tensorboard"] = HfArg(default="none")
@@ -217,6 +217,7 @@ def main(args):
     num_steps = args.max_steps or len(train) // args.batch_size * args.num_train_epochs
     common.exit_if_finished(num_steps, args, run)  # --resume of a finished run
     model = common.load_model(args, run)  # float32 weights, sharded over the processes
+    common.check_model(model, train, args, run)  # against transformers' own log-probs
     if uses_reference(args):
         # Log-probs of the policy before its first step: no second model is in memory. Each batch
         # brings its own, as batch.ref_logps.
@@ -259,10 +260,11 @@ def main(args):
         if held_out and common.due(args.eval_every, done, num_steps):
             results |= evaluate(model, held_out, done, args, run)
         run.log(done, results)
-        if common.due(args.save_every, done, num_steps):
-            common.save_checkpoint(model, optimizer, train, done, args, run)
         if args.export_every and done % args.export_every == 0:
             common.export(model, tokenizer, args, run, f"{args.output_dir}/models/step-{done:06d}")
+        if run.signal or common.due(args.save_every, done, num_steps):
+            common.save_checkpoint(model, optimizer, train, done, args, run)
+        run.exit_on_signal(done)  # Ctrl-C or SIGTERM
     common.export(model, tokenizer, args, run)
     run.close()
 

@@ -22,8 +22,10 @@ def settle(folder, data=None, script=dpo, **settings):
     output_dir = tempfile.mkdtemp(prefix="run-", dir=Path(folder).parent)
     args = script.Args(model=str(folder), dataset=str(data), output_dir=output_dir, **settings)
     run = common.start(args)
-    train = rows_of(args) if data else None
-    return SimpleNamespace(args=args, run=run, train=train, model=common.load_model(args, run))
+    train, model = rows_of(args) if data else None, common.load_model(args, run)
+    if data:
+        common.check_model(model, train, args, run)
+    return SimpleNamespace(args=args, run=run, train=train, model=model)
 
 
 def rows_of(args, **settings):

@@ -154,6 +154,40 @@ def test_weights_come_in_as_float32_and_go_out_as_they_were(kind, tmp_path):
         assert torch.equal(exported[name], files[name]), name
 
 
+MOE = dict(moe_intermediate_size=16, num_key_value_heads=4)
+MLA = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)
+WITH_BUFFERS = {  # that are learned elsewhere, and stand in the model's files
+    "Apertus": dict(head_dim=8),
+    "DeepseekV3": MOE
+    | MLA
+    | dict(n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1)
+    | dict(first_k_dense_replace=0),
+    "Ernie4_5_Moe": MOE | dict(moe_num_experts=4, moe_k=2, moe_layer_start_index=0),
+}
+
+
+@pytest.mark.parametrize("name", WITH_BUFFERS)
+def test_exports_have_all_tensors_in_their_own_dtypes(name, tmp_path):
+    """Apertus keeps constants of its activation as buffers, a router its bias; some of it stays in
+    float32 in a bfloat16 model, as the choice of experts depends on it."""
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config_of(name, **WITH_BUFFERS[name]))
+    network.to(torch.bfloat16).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    state = loaded.state_dict()
+    for tensor in state.values():  # none is what the config alone would give
+        tensor.add_(torch.rand(tensor.shape).to(tensor.dtype))
+    loaded.save_pretrained(folder)
+    start = settle(folder)
+    common.export(start.model, common.load_tokenizer(folder), start.args, start.run)
+    again = AutoModelForCausalLM.from_pretrained(start.run.output_dir, dtype="auto").state_dict()
+    assert again.keys() == state.keys()
+    for key, tensor in state.items():
+        assert again[key].dtype == tensor.dtype and torch.equal(again[key], tensor), key
+
+
 NOISY = {
     "GPT2": dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1),
     "Mixtral": dict(num_local_experts=4, attention_dropout=0.1),

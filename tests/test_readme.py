@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_scripts_match import TOP_LEVEL
+from test_scripts_match import SHARED, TOP_LEVEL
 
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = sorted(TOP_LEVEL - {"common", "data", "curves"})
+SCRIPTS = sorted(TOP_LEVEL - SHARED)
 METHODS = [name for name in SCRIPTS if name not in ("sft", "eval_judge")]
 COMMANDS = [
     part.strip()

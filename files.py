@@ -1,0 +1,64 @@
+"""Files that are whole or not there: writes that no crash tears, checksums, and a lock on a folder.
+Nothing here knows of runs or tensors."""
+
+import contextlib
+import fcntl
+import json
+import os
+import zlib
+
+import numpy as np
+
+UMASK = os.umask(0)  # the only way to read it is to set it
+os.umask(UMASK)
+
+
+def lock(folder):
+    """Locks a folder for this process, until the file that is returned is closed. Raises ValueError
+    where another process has the lock."""
+    file = open(folder / ".lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError("another run is writing to it") from None
+    return file
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A path to write to. The file there replaces `path` when all of it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield unfinished
+        sync(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Writes a file, or a folder's names, to the disk. A file gets the rights that others have:
+    safetensors makes them for the owner alone."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    if path.is_file():
+        path.chmod(0o666 & ~UMASK)
+
+
+def checksum(path):
+    """CRC-32 of a file, which is fast and finds what disks do; it is no protection from people."""
+    return zlib.crc32(np.memmap(path, mode="r")) if path.stat().st_size else 0
+
+
+def read_json_lines(path):
+    """The lines of a log that a kill may have cut in its last one. Raises ValueError for others."""
+    lines = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if line.endswith("\n"):
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                raise ValueError(f"line {number} is damaged: delete it") from None
+    return lines

@@ -1,0 +1,113 @@
+"""Model folders: finding them, reading weights, what cannot be trained, and what an export needs of
+the start model. Nothing here knows of processes. What is wrong with a model is a ValueError, which
+common.py shows as one line with its name."""
+
+import hashlib
+import math
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+import data
+
+
+def model_folder(name, weights=False):
+    """A model's folder: `name` itself, or the hub's files, without pickles and code."""
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError("no config.json, so this is not a whole model")
+        return Path(name)
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
+    if weights:
+        patterns.append("*.safetensors")
+    options = dict(allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])  # duplicates
+    try:
+        return Path(huggingface_hub.snapshot_download(name, **options))
+    except Exception as error:  # of the network, the hub, or the name
+        problem = f"{data.NOT_FOUND} ({data.OFFLINE})"
+        raise ValueError(f"{problem}: {type(error).__name__}: {error}") from None
+
+
+def start_fingerprint(name, seed):
+    """Identifies the start weights: the hub's commit, hashes of the files, or config and seed."""
+    folder = model_folder(name)
+    if folder != Path(name):
+        return folder.name
+    weights = sorted(folder.glob("*.safetensors"))
+    files = [np.memmap(path, mode="r") for path in [folder / "config.json", *weights]]
+    hashes = [hashlib.sha256(file).hexdigest() for file in files]
+    return hashes if weights else [*hashes, seed]
+
+
+def read_weights(name, seed):
+    """The whole model, in the dtype of its files. One without files is drawn from the seed."""
+    folder = model_folder(name, weights=True)
+    if any(folder.glob("*.safetensors")):
+        options = dict(dtype="auto", use_safetensors=True, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]}")
+        return model
+    pickles = [x.name for x in folder.iterdir() if x.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    if pickles:
+        raise ValueError(f"pickled weights ({pickles[0]}); only safetensors are read")
+    if any(folder.glob("*.safetensors.index.json")) or any(folder.glob("*.incomplete")):
+        raise ValueError("its safetensors files are missing")
+    if folder != Path(name):
+        raise ValueError("the hub has no safetensors of it")
+    print(f"{name} has a config and no weights: they are drawn from seed {seed}")
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+
+
+def packable(model):
+    """Whether common.packed_attention can take the place of all of a model's attention."""
+    odd = set(getattr(model.config, "layer_types", None) or ())
+    odd -= {"full_attention", "sliding_attention"}
+    sinks = any("sinks" in name for name, _ in model.named_parameters())
+    return model._supports_attention_backend and not odd and not sinks
+
+
+def position_limit(model):
+    """The number of positions that a model is made for, or inf."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
+def refuse_unsupported(model, max_length):
+    """Raises ValueError for a model that cannot be trained with rows of so many tokens."""
+    config, limit = model.config, position_limit(model)
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [x for x in rope.values() if isinstance(x, dict)]
+    ropes = [rope] if "rope_type" in rope else by_layer_type
+    varying = [x for x in ropes if x.get("rope_type") in ("dynamic", "longrope")]
+    first = min([limit, *(x.get("original_max_position_embeddings", limit) for x in varying)])
+    tables = [x.num_embeddings for x in model.modules() if isinstance(x, torch.nn.Embedding)]
+    learned = any(limit <= size <= limit + 8 for size in tables[1:])  # the first is the tokens'
+    lower = f"--max_length {max_length} is above {first if varying else limit} tokens,"
+    reasons = {
+        "it is multimodal": config.get_text_config() is not config,
+        "it is quantized": getattr(config, "quantization_config", None),
+        f"{lower} where positions depend on other rows": varying and max_length > first,
+        f"{lower} all that it has positions for": learned and max_length > limit,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"{type(model).__name__} cannot be trained here: {reason}")
+
+
+def generation_config(name, tokenizer):
+    """A model's generation config, which stops at its own end tokens and at the training rows'."""
+    folder = model_folder(name)
+    config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+    if (folder / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(folder)
+    if tokenizer.chat_template:
+        chat = [dict(role="user", content="?"), dict(role="assistant", content="!")]
+        end = data.ensure_end_token(data.to_ids(chat, tokenizer), tokenizer)[-1]
+        own_ends = np.atleast_1d(config.eos_token_id or end).tolist()
+        config.eos_token_id = sorted({end, *own_ends})
+    return config
