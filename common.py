@@ -513,9 +513,11 @@ def check_model(model, train, args, run):
     order = train.tokens.argsort()
     batch = data.Batch(train, order[[0, len(order) // 2, -1]], 0, run.device)
     ways = ways[ways.index(model.way) :]
-    with user_errors(f"--model {args.model}: {name} cannot compute a row"):
+    with user_errors(f"--model {args.model}: {name} cannot be trained here"):
         model.use("plain")
         plain, _ = model(batch)
+        if not plain.isfinite().all():
+            raise ValueError("its log-probs are not finite")
         ids, last = batch.ids.clone(), batch.key_index[batch.key_offsets[1:] - 1]
         batch.ids[last] = (ids[last] + 1) % model.hf_model.config.vocab_size
         if ((plain - model(batch)[0]).abs() / batch.lengths).max() > limit:
@@ -530,9 +532,7 @@ def check_model(model, train, args, run):
             if difference <= limit:
                 break
         else:
-            raise ValueError(
-                f"log-probs differ from transformers' by {difference:.1e} nats a token"
-            )
+            raise ValueError(f"{difference:.1e} nats a token off from transformers' log-probs")
     model.tokens_computed, run.padded = 0, way == "padded"
     if run.padded:
         more = train.padded_tokens.sum() / train.tokens.sum()
@@ -795,6 +795,15 @@ def stop_unless_finite(grad_norm, metrics, step):
     raise SystemExit(f"stopped in step {step + 1}: gradient norm {grad_norm}, {where}")
 
 
+def stop_unless_weights_finite(model):
+    """Ends the run before it saves infinite weights. All processes must call this."""
+    finite = [parameter.to_local().isfinite().all() for parameter in model.parameters()]
+    finite = torch.stack(finite).all().cpu().int()
+    dist.all_reduce(finite, dist.ReduceOp.MIN)
+    if not finite:
+        raise SystemExit("stopped: weights are not finite, and not saved; lower --learning_rate")
+
+
 def learning_rate(step, num_steps, args):
     """Linear warm-up, with rate 0 in step 0, then half a cosine to 0: transformers' schedule."""
     warmup = math.ceil(args.warmup_ratio * num_steps)
@@ -830,6 +839,7 @@ def training_state(model, optimizer):
 def save_checkpoint(model, optimizer, train, step, args, run):
     """Writes checkpoints/step-<step>: as .unfinished, and renamed when all of it is on the disk.
     Deletes all but the newest `keep_checkpoints`."""
+    stop_unless_weights_finite(model)
     folder = run.output_dir / "checkpoints"
     unfinished, final = folder / ".unfinished", folder / f"step-{step:06d}"
     if run.rank == 0:
@@ -865,7 +875,7 @@ def find_checkpoint(run):
     all. All processes must call this."""
     folders = from_rank_zero(sorted(run.output_dir.glob("checkpoints/step-*"), reverse=True))
     for folder in folders:
-        found, state = checksums(folder, run), {"files": {"state.json": None}}
+        found, state = checksums(folder, run), {"files": {"state.json": 0}}
         with contextlib.suppress(OSError, ValueError):
             state = json.loads((folder / "state.json").read_text())
         damaged = [name for name, value in state["files"].items() if found.get(name) != value]
@@ -929,6 +939,7 @@ def begin_output(first_step, args, run):
 def export(model, tokenizer, args, run, folder=None):
     """Writes a Hugging Face folder, `output_dir` if no other is given, each tensor in the dtype of
     the start model's. config.json is written last: it marks a complete model."""
+    stop_unless_weights_finite(model)
     weights, persistent = {}, model.hf_model.state_dict().keys()  # not what the config determines
     for name, parameter in model.hf_model.named_parameters():  # a tied weight comes once
         whole = parameter.detach().full_tensor()

@@ -1,7 +1,8 @@
 """Trains a tiny random model of every architecture behind AutoModelForCausalLM, and says what came
 of it: python tests/sweep.py [NAME ...] [--jobs 2] [--out FILE.json]
 
-A NAME is a model type ("qwen2"), for all of its variants, or one of them ("qwen2:window"). Outcomes:
+A NAME is a model type ("qwen2") with all of its variants, or one of these ("qwen2:window").
+The outcomes:
 
     exact         log-probs, entropies and gradients are those of transformers' own forward on each
                   response alone, and an export after a step has the trained model's tensors
@@ -34,9 +35,11 @@ from pathlib import Path
 
 if __name__ == "__main__":  # before torch and transformers read them; tests have conftest.py
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    os.environ |= dict(HF_HOME=tempfile.mkdtemp(prefix="hf-home-"), HF_HUB_OFFLINE="1")
+    hub = tempfile.TemporaryDirectory(prefix="hf-home-")
+    os.environ |= dict(HF_HOME=hub.name, HF_HUB_OFFLINE="1")
     os.environ |= dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
+import datasets
 import padded
 import tiny
 import torch
@@ -51,6 +54,7 @@ from transformers.models.auto.modeling_auto import (
 import common
 
 TIME_LIMIT = 60  # seconds for an architecture
+LONGEST = 128  # tokens of a row, fewer than the models have positions for
 LIMIT = 1e-4  # nats for log-probs and entropies; relative in norm for a gradient
 FAILURES = "WRONG", "export WRONG", "traceback"
 OUTCOMES = "exact", "padded", "refused", *FAILURES, "unbuildable"
@@ -194,11 +198,16 @@ DYNAMIC = dict(
     max_position_embeddings=16, rope_parameters=ROPE | dict(rope_type="dynamic", factor=4.0)
 )
 YARN = ROPE | dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=64)
-GEMMA4 = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=400)
+GEMMA4 = dict(global_head_dim=8, num_global_key_value_heads=1)
+ASSISTANT = dict(num_kv_shared_layers=2, hidden_size_per_layer_input=0)
+ASSISTANT |= dict(vocab_size_per_layer_input=0)
 QWEN4 = dict(hc_lowrank=4, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8)
 QWEN4 |= dict(indexer_budget=8, indexer_compress_ratio=4, ngram_vocab_size_base=50)
 QWEN4 |= dict(split_ngram_parts=1, heads_per_ngram=2, make_ngram_vocab_size_divisible_by=8)
-QWEN4_PLE = QWEN4 | dict(ple_layer_ids=[1, 2], ple_embed_dim=32)
+QWEN4_PLE = QWEN4 | dict(ple_layer_ids=[1], ple_embed_dim=32)
+DOTS3 = dict(head_dim=16, swa_num_attention_heads=4, swa_num_key_value_heads=4)
+DOTS3 |= dict(swa_q_lora_rank=8, swa_kv_lora_rank=8, swa_v_head_dim=8)
+DOTS3 |= dict(swa_head_dim=16, swa_qk_nope_head_dim=8)
 CHUNKS = dict(local_attn_chunk_length=8, lsh_attn_chunk_length=8, axial_pos_shape=(16, 32))
 
 # {model type: settings}, or {model type: {variant: settings}} where one of the variants is "".
@@ -244,7 +253,7 @@ SETTINGS = {
     "doge": {"": {}, "experts": dict(is_moe=True)},
     "dots1": WINDOWED,
     "dots3_note": dict(
-        text_config=dict(head_dim=16),
+        text_config=DOTS3,
         vision_config=dict(
             adapter_in_dim=32, adapter_out_dim=32, num_hidden_layers=1, patch_size=4
         ),
@@ -257,12 +266,12 @@ SETTINGS = {
             num_key_value_heads=4,
         ),
     ),
-    "dots3_note_text": dict(head_dim=16),
+    "dots3_note_text": DOTS3,
     "falcon": {
         "": {},
         "alibi": dict(alibi=True),
         "new": dict(new_decoder_architecture=True, num_kv_heads=2),
-        "sequential": dict(parallel_attn=False, bias=True, multi_query=False),
+        "sequential": dict(parallel_attn=False, bias=True, multi_query=False, num_kv_heads=4),
     },
     "falcon_h1": dict(
         mamba_d_ssm=64,
@@ -291,25 +300,40 @@ SETTINGS = {
             activation_sparsity_pattern=[0.9, 0.9, 0.0, 0.0],
         ),
     },
-    "gemma4": dict(text_config=GEMMA4),
+    "gemma4": dict(
+        text_config=GEMMA4,
+        vision_config=dict(position_embedding_size=16),
+        audio_config=dict(output_proj_dims=32),
+    ),
+    "gemma4_assistant": dict(backbone_hidden_size=32, text_config=ASSISTANT),
+    "gemma4_unified_assistant": dict(backbone_hidden_size=32, text_config=ASSISTANT),
     "gemma4_text": {
         "": GEMMA4,
-        "plain": dict(hidden_size_per_layer_input=0),
-        "experts": dict(enable_moe_block=True, attention_k_eq_v=True),
-        "shared": dict(
+        "plain": GEMMA4 | dict(hidden_size_per_layer_input=0),
+        "experts": GEMMA4 | dict(enable_moe_block=True, attention_k_eq_v=True),
+        "shared": GEMMA4
+        | dict(
             num_hidden_layers=4,
             num_kv_shared_layers=2,
             layer_types=WINDOWED["layer_types"] * 2,
             use_double_wide_mlp=True,
         ),
     },
-    "gemma4_unified": dict(text_config=GEMMA4),
+    "gemma4_unified": dict(
+        text_config=GEMMA4,
+        vision_config=dict(mm_embed_dim=32, mm_posemb_size=16, output_proj_dims=32, patch_size=4),
+    ),
     "gemma4_unified_text": GEMMA4,
     "glm4_moe": {"": {}, "qk-norm": dict(use_qk_norm=True)},
     "glm_moe_dsa": MOE | dict(num_hidden_layers=2),
     "got_ocr2": dict(
         vision_config=dict(
-            patch_size=4, image_size=8, output_channels=8, window_size=2, global_attn_indexes=[1]
+            patch_size=4,
+            image_size=8,
+            output_channels=8,
+            window_size=2,
+            global_attn_indexes=[1],
+            mlp_dim=48,
         )
     ),
     "gpt2": {
@@ -383,7 +407,12 @@ SETTINGS = {
     },
     "phi4_multimodal": dict(
         vision_config=dict(image_size=8, patch_size=4, crop_size=8),
-        audio_config=dict(ext_pw_out_channel=8, depthwise_separable_out_channel=8),
+        audio_config=dict(
+            ext_pw_out_channel=8,
+            depthwise_separable_out_channel=8,
+            nemo_conv_channels=8,
+            input_size=8,
+        ),
     ),
     "phimoe": {"": {}, "head-bias": dict(lm_head_bias=True, attention_bias=True)},
     "qwen2": {"": {}, "window": WINDOWED | dict(use_sliding_window=True, max_window_layers=1)},
@@ -393,7 +422,13 @@ SETTINGS = {
     "qwen4_exp": dict(text_config=QWEN4),
     "qwen4_exp_text": {"": QWEN4, "ngrams": QWEN4_PLE},
     "reformer": CHUNKS
-    | dict(axial_pos_embds_dim=(16, 16), attn_layers=["local", "lsh"], hash_seed=0),
+    | dict(
+        axial_pos_embds_dim=(16, 16),
+        attn_layers=["local", "lsh"],
+        hash_seed=0,
+        hidden_dropout_prob=0.0,
+        local_attention_probs_dropout_prob=0.0,
+    ),
     "roc_bert": dict(
         pronunciation_vocab_size=50,
         shape_vocab_size=50,
@@ -410,13 +445,19 @@ SETTINGS = {
     "trocr": {"": {}, "sines": dict(use_learned_position_embeddings=False)},
     "xlm": dict(causal=True),
     "xmod": dict(default_language="en_XX"),
-    "zamba": dict(num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2),
+    "zamba": dict(
+        attention_hidden_size=64,
+        attention_head_dim=16,
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+    ),
     "zamba2": {
         "": dict(num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2),
         "rope": dict(
             num_hidden_layers=4,
             layers_block_type=["linear_attention", "hybrid"] * 2,
             use_mem_rope=True,
+            num_key_value_heads=4,
             use_shared_attention_adapter=True,
             num_mem_blocks=2,
             adapter_rank=4,
@@ -516,7 +557,7 @@ def plain(folder, rows):
 # ---- What this project computes of it ----
 def is_padded(model):
     """Whether common.py computes it on padded rows, by transformers' own attention."""
-    return bool(getattr(model, "padded", False))
+    return getattr(model, "way", "packed") == "padded"
 
 
 def backward(start):
@@ -558,7 +599,7 @@ def step_and_export(folder, data):
     AutoModelForCausalLM.from_pretrained(folder, **options).save_pretrained(narrow)
     tiny.tokenizer().save_pretrained(narrow)
     expected = AutoModelForCausalLM.from_pretrained(narrow, dtype="auto").state_dict()
-    start = padded.settle(narrow, data)
+    start = padded.settle(narrow, data, max_length=LONGEST)
     optimizer = torch.optim.AdamW(start.model.parameters(), lr=0.01, weight_decay=0.0)
     backward(start)
     optimizer.step()
@@ -607,10 +648,11 @@ def examine(full_name, folder):
         expected = plain(model, rows)
     except Exception as error:
         return dict(outcome="unbuildable", reason=last_line(error), size=size)
+    (folder / "ready").touch()
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            start = padded.settle(model, data)
+            start = padded.settle(model, data, max_length=LONGEST)
             reason = difference(start, expected)
             outcome = "WRONG" if reason else "padded" if is_padded(start.model) else "exact"
             if not reason and (reason := step_and_export(model, data)):
@@ -625,62 +667,71 @@ def examine(full_name, folder):
     return dict(outcome=outcome, reason=reason, size=size)
 
 
-def child(full_name, pipe):
+def child(full_name, folder, pipe):
     """The process of an architecture: what it prints is lost, its result goes into the pipe."""
     warnings.simplefilter("ignore")
-    folder = Path(tempfile.mkdtemp(prefix="sweep-"))
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"  # none that another process writes to
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
-        try:
-            pipe.send(examine(full_name, folder))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        pipe.send(examine(full_name, folder))
 
 
 # ---- All of them ----
+class Examination:
+    """A process that examines an architecture, in a folder of its own."""
+
+    def __init__(self, full_name):
+        self.name, self.started = full_name, time.monotonic()
+        self.folder = Path(tempfile.mkdtemp(prefix="sweep-"))
+        # A fork: torch and transformers are imported once.
+        context = multiprocessing.get_context("fork")
+        self.receiver, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=child, args=(full_name, self.folder, sender))
+        self.process.start()
+        sender.close()  # the process has a copy, whose end `receiver` notices
+
+    def result(self):
+        """{"outcome", "reason", "size", "seconds"}, or None for a process that goes on."""
+        seconds = time.monotonic() - self.started
+        if self.receiver.poll():
+            try:
+                result = self.receiver.recv()
+            except EOFError:
+                self.process.join()
+                result = self.failed(f"its process ended with {self.process.exitcode}")
+        elif seconds > TIME_LIMIT:
+            self.process.kill()
+            result = self.failed(f"no end within {TIME_LIMIT} s")
+        else:
+            return None
+        self.process.join()
+        self.receiver.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return result | dict(seconds=round(seconds, 1))
+
+    def failed(self, reason):
+        """A result for a process that has sent none. It touches `ready` once transformers, alone,
+        has computed the model."""
+        outcome = "traceback" if (self.folder / "ready").exists() else "unbuildable"
+        return dict(outcome=outcome, reason=reason, size=None)
+
+
 def sweep(names, jobs=2):
-    """{full name: {"outcome", "reason", "size", "seconds"}}, each from a process of its own. They
-    are forks, so that torch and transformers are imported once."""
-    context, results, running = multiprocessing.get_context("fork"), {}, {}
-    waiting = list(reversed(names))
+    """{full name: what Examination.result gives}."""
+    results, running, waiting = {}, [], list(reversed(names))
     with tqdm(total=len(names), desc="sweep", unit="model") as bar:
         while waiting or running:
             while waiting and len(running) < jobs:
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=child, args=(waiting[-1], sender))
-                process.start()
-                sender.close()
-                running[receiver] = waiting.pop(), process, time.monotonic()
-            ready = wait(list(running), timeout=1)
-            for receiver, (name, process, started) in list(running.items()):
-                seconds = time.monotonic() - started
-                if receiver not in ready and seconds < TIME_LIMIT:
-                    continue
-                result = finish(receiver, process, receiver in ready)
-                results[name] = result | dict(seconds=round(seconds, 1))
-                del running[receiver]
-                bar.set_postfix_str(f"{name}: {result['outcome']}")
-                bar.update()
+                running.append(Examination(waiting.pop()))
+            wait([examination.receiver for examination in running], timeout=1)
+            for examination in list(running):
+                if result := examination.result():
+                    running.remove(examination)
+                    results[examination.name] = result
+                    bar.set_postfix_str(f"{examination.name}: {result['outcome']}")
+                    bar.update()
     return {name: results[name] for name in names}
-
-
-def finish(receiver, process, is_ready):
-    """The result of a process that has one, or has died, or is too slow."""
-    if not is_ready:
-        process.kill()
-        reason = f"no end within {TIME_LIMIT} s"
-        result = dict(outcome="traceback", reason=reason, size=None)
-    else:
-        try:
-            result = receiver.recv()
-        except EOFError:
-            process.join()
-            reason = f"its process ended with {process.exitcode}"
-            result = dict(outcome="traceback", reason=reason, size=None)
-    process.join()
-    receiver.close()
-    return result
 
 
 def print_table(results):

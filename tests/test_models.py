@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from padded import assert_equals_padded, encoded_rows, packed, padded, settle
+from padded import assert_equals_padded, encoded_rows, packed, settle
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,68 +21,126 @@ def assert_refused(capsys, load, *words):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         load()
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and "it/s]" not in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert stopped.value.code == 2 and len(lines) == 1, lines
     assert all(word in lines[0] for word in words), lines
 
 
-REFUSED = {
-    "Falcon": {},
-    "Bloom": {},
-    "GPTJ": dict(rotary_dim=4),
-    "GptOss": dict(num_local_experts=4, num_experts_per_tok=2, head_dim=8),
-    "Cohere": {},
+TEXT = tiny.SIZES | dict(initializer_range=0.1)
+MLA = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2)
+LINEAR |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
+EXPERTS = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+WINDOW = dict(sliding_window=7, layer_types=["sliding_attention", "full_attention"])
+PACKED = {
+    "Cohere": dict(logit_scale=0.25),
     "Granite": dict(logits_scaling=2.0),
-    "Phi": {},
-    "Qwen3Next": dict(num_experts=4, head_dim=8),
+    "Phi": {},  # its LM head has a bias
+    "GPT2": dict(n_embd=32, n_layer=2, n_head=4),
+    "Olmo3": WINDOW,
+}
+PADDED = {
+    "Falcon": {},
+    "Bloom": {},  # alibi
+    "GPTJ": dict(rotary_dim=4, n_embd=32, n_layer=2, n_head=4),
+    "GptOss": EXPERTS | WINDOW | dict(head_dim=8),  # sinks
     "Lfm2": dict(layer_types=["conv", "full_attention"]),
     "Mamba": dict(state_size=4),
+    "Qwen3Next": EXPERTS
+    | LINEAR
+    | dict(head_dim=8)
+    | dict(layer_types=["linear_attention", "full_attention"]),
+    "Qwen3_5Text": LINEAR
+    | dict(head_dim=8)
+    | dict(layer_types=["linear_attention", "full_attention"]),
+    "Phimoe": EXPERTS | dict(sliding_window=7),  # the window is in transformers' mask alone
+    "Doge": {},  # a mask of its own
+    "Nemotron": {},  # hands nothing on to its attention
+}
+WAYS = [("packed", name) for name in PACKED] + [("padded", name) for name in PADDED]
+
+
+@pytest.mark.parametrize("way, name", WAYS)
+def test_architectures_give_transformers_log_probs(way, name, tmp_path):
+    """Values, entropies and gradients, of rows longer than the windows."""
+    folder, data = tmp_path / "model", tiny.pairs(tmp_path / "pairs.jsonl", 6)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**TEXT | (PACKED | PADDED)[name])
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in network.get_output_embeddings().parameters():  # with a bias, it is not 0
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    network.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    start = settle(folder, data, max_length=256)
+    assert start.model.way == way
+    # The chunks of a linear attention add up in another order; Doge's `A` has a tiny gradient.
+    limit = {"Qwen3Next": 1e-3, "Doge": 1e-4}.get(name, 1e-5)
+    assert_equals_padded(start, encoded_rows(folder, data), limit)
+
+
+LONG_ROPE = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+LONG_ROPE |= dict(rope_theta=1e4, original_max_position_embeddings=28)
+LONG_ROPED = dict(rope_parameters=LONG_ROPE, original_max_position_embeddings=28)
+BY_TYPE = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+BY_TYPE = {name: BY_TYPE for name in WINDOW["layer_types"]}
+REFUSED = {
+    "Phi3": (LONG_ROPED, "above 28 tokens, where positions depend"),
+    "Olmo3": (WINDOW | dict(rope_parameters=BY_TYPE), "above 512 tokens, where positions depend"),
+    "GPT2": (
+        dict(n_embd=32, n_layer=2, n_head=4, max_position_embeddings=300),
+        "300 tokens, all that it has",
+    ),
+    "OPT": (dict(ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=300), "all that it"),
+    "Gemma4Unified": (dict(text_config=TEXT), "it is multimodal"),
+    "Gemma3Text": (WINDOW | dict(use_bidirectional_attention=True), "it is not causal"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_architectures(name, tmp_path, capsys):
-    config_of(name, **REFUSED[name]).save_pretrained(tmp_path / "model")
-    folder = tmp_path / "model"
-    assert_refused(capsys, lambda: settle(folder), f"{name}ForCausalLM", str(folder))
-
-
-TEXT = tiny.SIZES | dict(initializer_range=0.1, head_dim=8)
-LONG_ROPE = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4)
-LONG_ROPE |= dict(rope_theta=1e4, original_max_position_embeddings=28)
-REFUSED_OR_RIGHT = {
-    "Afmoe": TEXT  # a mask by keyword
-    | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
-    "Doge": TEXT,  # a mask of its own
-    "Nemotron": TEXT,  # hands nothing on to its attention
-    "MiniCPM3": TEXT  # scales the hidden states before the head
-    | dict(num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8)
-    | dict(qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8),
-    "Gemma4Unified": dict(  # has its soft-cap in a config within the config
-        text_config=TEXT
-        | dict(vocab_size_per_layer_input=400, hidden_size_per_layer_input=8)
-        | dict(global_head_dim=8, final_logit_softcapping=3.0)
-    ),
-    "Phi3": TEXT  # its frequencies depend on the longest row of a batch
-    | dict(original_max_position_embeddings=28, rope_parameters=LONG_ROPE),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED_OR_RIGHT)
-def test_other_architectures_are_refused_or_right(name, tmp_path, capsys):
-    folder, data = tmp_path / "model", tiny.pairs(tmp_path / "pairs.jsonl", 5)
+    settings, words = REFUSED[name]
+    folder, data = tmp_path / "model", tiny.pairs(tmp_path / "pairs.jsonl", 6)
+    settings = settings if "text_config" in settings else TEXT | settings
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**REFUSED_OR_RIGHT[name])
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    config = getattr(transformers, f"{name}Config")(**settings)
+    if "text_config" in settings:
+        config.save_pretrained(folder)
+    else:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    try:
-        found, _ = packed(settle(folder, data))
-    except SystemExit as stopped:
-        assert stopped.code == 2 and "error: --model" in capsys.readouterr().err
-        return
-    rows = encoded_rows(folder, data)
-    alone = [[padded(folder, [[response]])[0].item() for response in row] for row in rows]
-    torch.testing.assert_close(found, torch.tensor(alone), atol=1e-4, rtol=0)
+    assert_refused(capsys, lambda: settle(folder, data, max_length=600), words, str(folder))
+
+
+def test_log_probs_that_differ_are_refused(tmp_path, capsys, monkeypatch):
+    """A head that is computed otherwise, which no list of architectures knows."""
+    folder, data = tiny.model(tmp_path / "model"), tiny.pairs(tmp_path / "pairs.jsonl", 6)
+    hidden_of = common.LogprobModel.padded_hidden, common.LogprobModel.packed_hidden
+    for name, hidden in zip(("padded_hidden", "packed_hidden"), hidden_of, strict=True):
+        scaled = lambda model, batch, hidden=hidden: 1.01 * hidden(model, batch)  # noqa: E731
+        monkeypatch.setattr(common.LogprobModel, name, scaled)
+    assert_refused(capsys, lambda: settle(folder, data), "off from transformers'", str(folder))
+
+
+def test_a_window_that_packing_loses_is_padded(tmp_path, monkeypatch):
+    folder = tiny.model(tmp_path / "model", "mistral")
+    data = tiny.pairs(tmp_path / "pairs.jsonl", 6)
+    attention = common.packed_attention
+
+    def without_window(*args, sliding_window=None, **options):
+        return attention(*args, **options)
+
+    monkeypatch.setattr(common, "packed_attention", without_window)
+    start = settle(folder, data)
+    assert start.model.way == "padded"
+    assert_equals_padded(start, encoded_rows(folder, data))
+
+
+def test_more_tokens_than_a_model_is_made_for_is_a_warning(tmp_path, capsys):
+    folder, data = tiny.model(tmp_path / "model"), tiny.pairs(tmp_path / "pairs.jsonl", 6)
+    settle(folder, data, max_length=513)
+    assert "WARNING: --max_length 513" in capsys.readouterr().out
+    settle(folder, data, max_length=512)
+    assert "WARNING" not in capsys.readouterr().out
 
 
 def test_pickled_weights_are_refused(tmp_path, capsys):
@@ -155,7 +213,6 @@ def test_weights_come_in_as_float32_and_go_out_as_they_were(kind, tmp_path):
 
 
 MOE = dict(moe_intermediate_size=16, num_key_value_heads=4)
-MLA = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)
 WITH_BUFFERS = {  # that are learned elsewhere, and stand in the model's files
     "Apertus": dict(head_dim=8),
     "DeepseekV3": MOE
@@ -203,6 +260,6 @@ def test_noise_in_training_is_off(name, tmp_path):
     config = config_of(name.partition("-")[0], **NOISY[name])
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    start = settle(folder, data)
+    start = settle(folder, data, max_length=256)
     assert torch.equal(packed(start), packed(start))
     assert_equals_padded(start, encoded_rows(folder, data))
