@@ -37,7 +37,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import files
@@ -197,6 +197,8 @@ def report_crash(args, kind, error, traceback):
         budget = f"{args.tokens_per_micro_batch} now; a row needs --max_length, a pair up to twice"
         ways = f"lower --tokens_per_micro_batch ({budget}), set --gradient_checkpointing"
         print(f"error: out of memory: {ways}, use more GPUs\n{error}", file=sys.stderr, flush=True)
+    elif "No space left on device" in str(error):
+        print(f"error: {error}; what was saved before is whole", file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, traceback)
 
@@ -459,8 +461,7 @@ def load_model(args, run):
     `run.compute_dtype`. A folder with a config and no weights gives a model drawn from `seed`."""
     whole = None  # rank 0 alone reads the weights, and sends the others their shards
     with rank_zero_first(), user_errors(f"--model {args.model}"):
-        folder = model_files.model_folder(args.model)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = model_files.read_config(model_files.model_folder(args.model))
         with torch.device("meta"):
             hf_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model_files.refuse_unsupported(hf_model, args.max_length)
@@ -952,7 +953,7 @@ def export(model, tokenizer, args, run, folder=None):
         folder = Path(folder or run.output_dir)
         unfinished = folder / ".export"
         shutil.rmtree(unfinished, ignore_errors=True)
-        config = AutoConfig.from_pretrained(model_files.model_folder(args.model))
+        config = model_files.read_config(model_files.model_folder(args.model))
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
         empty.save_pretrained(unfinished, state_dict=weights)

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 import zlib
 
 import numpy as np
@@ -15,13 +16,17 @@ os.umask(UMASK)
 
 def lock(folder):
     """Locks a folder for this process, until the file that is returned is closed. Raises ValueError
-    where another process has the lock."""
+    where another process has the lock for longer than a killed one takes to end."""
     file = open(folder / ".lock", "a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError("another run is writing to it") from None
-    return file
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError:
+            if time.monotonic() > deadline:
+                raise ValueError("another run is writing to it") from None
+            time.sleep(0.5)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,11 @@ def model_folder(name, weights=False):
         raise ValueError(f"{problem}: {type(error).__name__}: {error}") from None
 
 
+def read_config(folder):
+    """The config of a model folder. Code that comes with it is never run, nor asked about."""
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
 def start_fingerprint(name, seed):
     """Identifies the start weights: the hub's commit, hashes of the files, or config and seed."""
     folder = model_folder(name)
@@ -47,6 +52,7 @@ def read_weights(name, seed):
     folder = model_folder(name, weights=True)
     if any(folder.glob("*.safetensors")):
         options = dict(dtype="auto", use_safetensors=True, output_loading_info=True)
+        options |= dict(trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
         missing = sorted(info["missing_keys"])
         if missing:
@@ -61,7 +67,7 @@ def read_weights(name, seed):
         raise ValueError("the hub has no safetensors of it")
     print(f"{name} has a config and no weights: they are drawn from seed {seed}")
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(read_config(folder), dtype=torch.float32)
 
 
 def packable(model):
@@ -102,7 +108,7 @@ def refuse_unsupported(model, max_length):
 def generation_config(name, tokenizer):
     """A model's generation config, which stops at its own end tokens and at the training rows'."""
     folder = model_folder(name)
-    config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+    config = GenerationConfig.from_model_config(read_config(folder))
     if (folder / "generation_config.json").is_file():
         config = GenerationConfig.from_pretrained(folder)
     if tokenizer.chat_template:

@@ -19,6 +19,7 @@ def settings(world, out, **others):
     return (
         shared
         | dict(tokens_per_micro_batch=600, learning_rate=1e-3, save_every=1, eval_every=0)
+        | dict(keep_checkpoints=1)
         | others
     )
 

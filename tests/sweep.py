@@ -199,6 +199,9 @@ DYNAMIC = dict(
 )
 YARN = ROPE | dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=64)
 GEMMA4 = dict(global_head_dim=8, num_global_key_value_heads=1)
+LLAMA4 = dict(num_hidden_layers=4, interleave_moe_layer_step=2, moe_layers=[1, 3])
+LLAMA4 |= dict(no_rope_layers=[1, 0, 1, 0])
+LLAMA4 |= dict(layer_types=["chunked_attention", "full_attention"] * 2)
 ASSISTANT = dict(num_kv_shared_layers=2, hidden_size_per_layer_input=0)
 ASSISTANT |= dict(vocab_size_per_layer_input=0)
 QWEN4 = dict(hc_lowrank=4, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8)
@@ -361,7 +364,6 @@ SETTINGS = {
         expert_layer_period=4,
         expert_layer_offset=2,
     ),
-    "jetmoe": {},
     "laguna": MOE
     | WINDOWED
     | dict(num_attention_heads_per_layer=[4, 2], moe_router_logit_softcapping=2.0),
@@ -373,14 +375,8 @@ SETTINGS = {
         "dynamic": DYNAMIC,
         "yarn": dict(rope_parameters=YARN),
     },
-    "llama4": dict(text_config=dict(num_hidden_layers=2, moe_layers=[1], no_rope_layers=[1, 0])),
-    "llama4_text": dict(
-        num_hidden_layers=4,
-        interleave_moe_layer_step=2,
-        moe_layers=[1, 3],
-        no_rope_layers=[1, 0, 1, 0],
-        layer_types=["chunked_attention", "full_attention"] * 2,
-    ),
+    "llama4": dict(text_config=LLAMA4),
+    "llama4_text": LLAMA4,
     "longcat_flash": dict(head_dim=4, qk_head_dim=8),
     "mamba2": dict(head_dim=16),
     "mellum": MOE | WINDOWED,
@@ -393,7 +389,6 @@ SETTINGS = {
     ),
     "modernbert-decoder": dict(sep_token_id=1, cls_token_id=1),
     "moshi": dict(audio_vocab_size=40, num_codebooks=2),
-    "moss_transcribe_diarize": {},
     "mpt": {"": {}, "scaled": dict(logit_scale=0.5, attn_config=dict(clip_qkv=1.0))},
     "mvp": {"": {}, "prompt": dict(use_prompt=True, prompt_mid_dim=8)},
     "olmo": dict(clip_qkv=1.0),
@@ -442,7 +437,6 @@ SETTINGS = {
         "": {},
         "qk-norm": dict(qk_layernorm=True, use_parallel_residual=True, use_qkv_bias=True),
     },
-    "trocr": {"": {}, "sines": dict(use_learned_position_embeddings=False)},
     "xlm": dict(causal=True),
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(
@@ -520,6 +514,14 @@ def randomize(model):
                 tensor.add_(0.2 * torch.randn(tensor.shape).to(tensor.dtype))
 
 
+def save(model, config, folder):
+    """With tiny's tokenizer. config: what the model was made of."""
+    model.save_pretrained(folder)
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # a part of it, which is not loaded
+        config.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+
+
 def build(full_name, folder):
     """Saves a random model in float32 with tiny's tokenizer, and returns its number of weights."""
     torch.manual_seed(0)
@@ -527,18 +529,14 @@ def build(full_name, folder):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         randomize(model)
-    model.save_pretrained(folder)
-    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # the part of a larger model's config
-        config.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    save(model, config, folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def plain(folder, rows):
     """(rows, responses) log-probs and entropies, and {parameter: gradient}, by transformers' own
     forward on each response alone."""
-    options = dict(attn_implementation="eager", dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     logps, entropies = [], []
     for ids, mask in (response for row in rows for response in row):
         ids, mask = torch.tensor(ids), torch.tensor(mask)[1:]
@@ -594,19 +592,20 @@ def difference(start, expected):
 def step_and_export(folder, data):
     """In words, how the export after a step differs from the trained model, or None. The files are
     in bfloat16, but for what transformers keeps in float32."""
-    options = dict(dtype=torch.bfloat16)
     narrow = folder.parent / "bfloat16"
-    AutoModelForCausalLM.from_pretrained(folder, **options).save_pretrained(narrow)
-    tiny.tokenizer().save_pretrained(narrow)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    save(model, AutoConfig.from_pretrained(folder), narrow)
     expected = AutoModelForCausalLM.from_pretrained(narrow, dtype="auto").state_dict()
     start = padded.settle(narrow, data, max_length=LONGEST)
     optimizer = torch.optim.AdamW(start.model.parameters(), lr=0.01, weight_decay=0.0)
     backward(start)
     optimizer.step()
     common.export(start.model, common.load_tokenizer(narrow), start.args, start.run)
-    again, info = AutoModelForCausalLM.from_pretrained(
-        start.run.output_dir, dtype="auto", output_loading_info=True
-    )
+    options = dict(dtype="auto", output_loading_info=True)
+    try:
+        again, info = AutoModelForCausalLM.from_pretrained(start.run.output_dir, **options)
+    except Exception as error:
+        return f"it does not load: {last_line(error)}"
     lacking = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if lacking:
         return f"tensors are missing or unexpected: {lacking[:3]}"
@@ -661,7 +660,7 @@ def examine(full_name, folder):
         lines = [x for x in errors.getvalue().splitlines() if x.startswith("error: --model ")]
         outcome = "refused" if stopped.code == 2 and len(lines) == 1 else "traceback"
         reason = lines[0] if lines else f"exit code {stopped.code}: {errors.getvalue()[-200:]}"
-        reason = reason.replace(str(model), "FOLDER")
+        reason = reason.replace(f"{folder}/", "")
     except Exception as error:
         outcome, reason = "traceback", last_line(error)
     return dict(outcome=outcome, reason=reason, size=size)
@@ -717,8 +716,8 @@ class Examination:
         return dict(outcome=outcome, reason=reason, size=None)
 
 
-def sweep(names, jobs=2):
-    """{full name: what Examination.result gives}."""
+def sweep(names, jobs=2, out=None):
+    """{full name: what Examination.result gives}; so far as it is known, also as the file `out`."""
     results, running, waiting = {}, [], list(reversed(names))
     with tqdm(total=len(names), desc="sweep", unit="model") as bar:
         while waiting or running:
@@ -729,6 +728,8 @@ def sweep(names, jobs=2):
                 if result := examination.result():
                     running.remove(examination)
                     results[examination.name] = result
+                    if out:
+                        out.write_text(json.dumps(results, indent=2) + "\n")
                     bar.set_postfix_str(f"{examination.name}: {result['outcome']}")
                     bar.update()
     return {name: results[name] for name in names}
@@ -765,10 +766,8 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    results = sweep(chosen(args.names), args.jobs)
+    results = sweep(chosen(args.names), args.jobs, args.out)
     print_table(results)
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=2) + "\n")
     raise SystemExit(any(result["outcome"] in FAILURES for result in results.values()))
 
 

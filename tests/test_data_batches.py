@@ -109,7 +109,7 @@ def test_a_batch_has_the_reference_of_its_rows():
 def test_the_processes_share_a_step_and_a_split():
     split = split_of(PAIRS * 6)
     args = SimpleNamespace(batch_size=8, tokens_per_micro_batch=16, seed=3)
-    runs = [SimpleNamespace(rank=rank, world_size=2, device=CPU) for rank in (0, 1)]
+    runs = [SimpleNamespace(rank=rank, world_size=2, device=CPU, padded=False) for rank in (0, 1)]
     step = [list(data.micro_batches(split, 0, args, run)) for run in runs]
     whole = [list(data.split_batches(split, "evaluate", args, run)) for run in runs]
     order = np.random.default_rng((3, 0)).permutation(12)

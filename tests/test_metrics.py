@@ -22,7 +22,7 @@ def test_metrics_of_pairs(reference, monkeypatch):
     """Each pair counts the same, however it is packed; of the entropies, each of the 19 tokens."""
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda totals: None)  # one process
     model = SimpleNamespace(tokens_computed=100)
-    metrics = common.Metrics(model, SimpleNamespace(world_size=1))
+    metrics = common.Metrics(model, SimpleNamespace(world_size=1, pending=0))
     for pairs in MICRO_BATCHES:
         lengths, logps, ref, entropies = (
             torch.tensor(x[pairs]).flatten() for x in (LENGTHS, POLICY, REFERENCE, ENTROPIES)

@@ -36,13 +36,13 @@ PACKED = {
     "Cohere": dict(logit_scale=0.25),
     "Granite": dict(logits_scaling=2.0),
     "Phi": {},  # its LM head has a bias
-    "GPT2": dict(n_embd=32, n_layer=2, n_head=4),
+    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, max_position_embeddings=256),
     "Olmo3": WINDOW,
 }
 PADDED = {
     "Falcon": {},
     "Bloom": {},  # alibi
-    "GPTJ": dict(rotary_dim=4, n_embd=32, n_layer=2, n_head=4),
+    "GPTJ": dict(rotary_dim=4, n_embd=32, n_layer=2, n_head=4, max_position_embeddings=256),
     "GptOss": EXPERTS | WINDOW | dict(head_dim=8),  # sinks
     "Lfm2": dict(layer_types=["conv", "full_attention"]),
     "Mamba": dict(state_size=4),
@@ -85,7 +85,10 @@ BY_TYPE = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
 BY_TYPE = {name: BY_TYPE for name in WINDOW["layer_types"]}
 REFUSED = {
     "Phi3": (LONG_ROPED, "above 28 tokens, where positions depend"),
-    "Olmo3": (WINDOW | dict(rope_parameters=BY_TYPE), "above 512 tokens, where positions depend"),
+    "Olmo3": (
+        WINDOW | dict(rope_parameters=BY_TYPE, max_position_embeddings=512),
+        "above 512 tokens, where positions depend",
+    ),
     "GPT2": (
         dict(n_embd=32, n_layer=2, n_head=4, max_position_embeddings=300),
         "300 tokens, all that it has",
@@ -137,9 +140,9 @@ def test_a_window_that_packing_loses_is_padded(tmp_path, monkeypatch):
 
 def test_more_tokens_than_a_model_is_made_for_is_a_warning(tmp_path, capsys):
     folder, data = tiny.model(tmp_path / "model"), tiny.pairs(tmp_path / "pairs.jsonl", 6)
-    settle(folder, data, max_length=513)
-    assert "WARNING: --max_length 513" in capsys.readouterr().out
-    settle(folder, data, max_length=512)
+    settle(folder, data, max_length=4097)
+    assert "WARNING: --max_length 4097" in capsys.readouterr().out
+    settle(folder, data, max_length=4096)
     assert "WARNING" not in capsys.readouterr().out
 
 
