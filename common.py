@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -420,7 +421,7 @@ class LogprobModel(torch.nn.Module):
         hidden = self.packed_hidden(batch) if self.way == "packed" else self.padded_hidden(batch)
         lm_head, config = self.hf_model.get_output_embeddings(), self.hf_model.config
         # Cohere and Falcon-H1 multiply the logits by a number, Granite divides them.
-        scale = getattr(config, "logit_scale", 1) * getattr(config, "lm_head_multiplier", 1)
+        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", 1)
         hidden, weight = hidden * (scale / getattr(config, "logits_scaling", 1)), lm_head.weight
         if lm_head.bias is not None:  # the weight of one more hidden number, which is 1
             hidden = F.pad(hidden, (0, 1), value=1)
@@ -464,7 +465,7 @@ def load_model(args, run):
         config = model_files.read_config(model_files.model_folder(args.model))
         with torch.device("meta"):
             hf_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model_files.refuse_unsupported(hf_model, args.max_length)
+        model_files.refuse_unsupported(hf_model, config, args.max_length)
         if run.rank == 0:
             whole = model_files.read_weights(args.model, args.seed)
     limit = model_files.position_limit(hf_model)
@@ -783,16 +784,14 @@ class Metrics:
                 save_file(values, path)
 
 
-def stop_unless_finite(grad_norm, metrics, step):
-    """Ends the run before an update by a gradient that is not finite; checkpoints stay."""
-    if math.isfinite(grad_norm) and all(
-        losses.isfinite().all() for _, losses, *_ in metrics.batches
-    ):
+def stop_unless_finite(grad_norm, metrics, train, step):
+    """Ends the run before an update by a gradient or a loss that is not finite."""
+    rows = np.concatenate([rows for rows, *_ in metrics.batches])
+    finite = torch.cat([losses.isfinite().cpu() for _, losses, *_ in metrics.batches])
+    if math.isfinite(grad_norm) and finite.all():
         return
-    rows = torch.cat([torch.tensor(rows) for rows, *_ in metrics.batches])
-    losses = torch.cat([losses.cpu() for _, losses, *_ in metrics.batches])
-    bad = rows[~losses.isfinite()].tolist()
-    where = f"losses not finite in kept rows {bad}" if bad else "all losses are finite"
+    bad = train.file_rows[rows[~finite.numpy()]].tolist()
+    where = f"losses not finite in rows {bad} of {train.source}" if bad else "losses are finite"
     raise SystemExit(f"stopped in step {step + 1}: gradient norm {grad_norm}, {where}")
 
 

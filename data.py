@@ -8,8 +8,10 @@ responses, T tokens and N scored tokens of a micro-batch."""
 import glob
 import hashlib
 import heapq
+import json
 import math
 import os
+import unicodedata
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -35,32 +37,38 @@ OFFLINE = "without a network: --config recipes/toy.yaml"
 def read_rows(dataset, split, layouts):
     """(rows, where they are from): the file `<dataset>/<split>.<ending>`, the file `dataset`
     itself, or the hub's. The rows must have all columns of one of the layouts."""
-    path = split_file(Path(dataset), split)
+    path = split_file(dataset, split)
     source = str(path) if path.is_file() else f"{dataset} {split}"
     try:
         rows = read_file(path) if path.is_file() else read_hub(dataset, split)
     except Exception as error:  # its readers raise all kinds
         cause = error.__cause__ or error  # of a DatasetGenerationError, the reader's own
+        if path.is_file() and (path.stat().st_size == 0 or "no data!" in str(cause)):
+            raise ValueError(f"{source} has no rows") from None
+        reason = bad_line(path) or f"{type(cause).__name__}: {cause}"
         problem = "cannot be read" if path.is_file() else f"{NOT_FOUND} ({OFFLINE})"
-        raise ValueError(f"{source}: {problem}: {type(cause).__name__}: {cause}") from None
+        raise ValueError(f"{source}: {problem}: {reason}") from None
     if not any(layout <= set(rows.column_names) for layout in layouts):
         needed = ", or ".join(" and ".join(sorted(layout)) for layout in layouts)
-        columns = ", ".join(rows.column_names)
-        raise ValueError(f"{source} has the columns {columns}; needed are {needed}")
+        found = ", ".join(rows.column_names)
+        raise ValueError(f"{source} has the columns {found}; needed are {needed}")
     return rows, source
 
 
-def split_file(path, split):
+def split_file(dataset, split):
     """The file that holds a split; a hub name comes back as it is."""
-    endings = ", ".join(READERS)
+    path, endings = Path(dataset), ", ".join(READERS)
     if path.is_dir():
-        files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in READERS}
-        if split not in files:
-            found = ", ".join(files) or "its files"
-            raise ValueError(f"{path}: no split {split} among {found} ({endings})")
-        return files[split]
-    if path.suffix in READERS and not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        files = [file for file in sorted(path.iterdir()) if file.suffix in READERS]
+        found = [file for file in files if file.stem == split]
+        if len(found) > 1:
+            raise ValueError(f"{path} has {split} twice: {found[0].name} and {found[1].name}")
+        if not found:
+            names = ", ".join(file.stem for file in files) or "its files"
+            raise ValueError(f"{path}: no split {split} among {names} ({endings})")
+        return found[0]
+    if not path.is_file() and (path.suffix in READERS or dataset.startswith(("/", ".", "~"))):
+        raise ValueError(f"{dataset}: no such file or folder")
     if path.is_file() and path.suffix not in READERS:
         raise ValueError(f"{path}: cannot be read: its name must end in {endings}")
     return path
@@ -72,6 +80,15 @@ def read_file(path):
     if path.suffix == ".csv":  # text stays text, even if it looks like a number or says "None"
         options |= dict(keep_default_na=False, converters=dict.fromkeys(TEXT_COLUMNS, str))
     return datasets.load_dataset(READERS[path.suffix], **options)
+
+
+def bad_line(path):
+    """Names the first line of a .jsonl file that is no JSON, if there is one."""
+    for number, line in enumerate(path.open("rb") if path.suffix == ".jsonl" else [], 1):
+        try:
+            json.loads(line if line.strip() else "{}")
+        except (ValueError, RecursionError):
+            return f"line {number} is no JSON"
 
 
 def read_hub(name, split):
@@ -93,14 +110,17 @@ FEATURES = datasets.Features(
     digest=datasets.Value("string"),  # a hash of prompt, responses, scored, lengths and label
     dropped=datasets.Value("string"),  # why the row is not used, or ""
     notes=datasets.List(datasets.Value("string")),
+    row=datasets.Value("int64"),  # the row's number in its file, from 0
 )
 
 
 class Split:
     """Tokenized rows: a prompt each, with two responses (a pair) or one (labelled rows, chats)."""
 
-    def __init__(self, rows):
-        self.rows = rows  # columns as in FEATURES
+    def __init__(self, rows, source=""):
+        self.source = source  # the file's name, or the hub's
+        self.file_rows = np.array(rows["row"][:])  # (rows,)
+        self.rows = rows.remove_columns("row")  # the other columns of FEATURES
         self.tokens = np.array(rows["tokens"][:])  # (rows,)
         self.padded_tokens = np.array(rows["padded_tokens"][:])  # (rows,)
         self.lengths = torch.tensor(rows["lengths"][:])  # (rows, responses)
@@ -122,13 +142,14 @@ def tokenize(dataset, split, encode, tokenizer, max_length):
     inputs = [raw._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     inputs += [tokenizer.special_tokens_map, encode.__name__, max_length]
     inputs += [Path(__file__).read_text()]
+    limit = 4 * max_length * max(map(len, tokenizer.get_vocab()))  # more text hardly ever fits
     try:
         rows = raw.map(
             encode_rows,
             batched=True,
             with_indices=True,
             remove_columns=raw.column_names,
-            fn_kwargs=dict(encode=encode, tokenizer=tokenizer, max_length=max_length),
+            fn_kwargs=dict(encode=encode, tokenizer=tokenizer, max_length=max_length, limit=limit),
             features=FEATURES,
             num_proc=min(os.cpu_count(), 32) if len(raw) >= 1000 else None,
             new_fingerprint=hashlib.sha256(repr(inputs).encode()).hexdigest()[:32],
@@ -136,33 +157,43 @@ def tokenize(dataset, split, encode, tokenizer, max_length):
         )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    drop_reasons = rows["dropped"][:] if len(rows) else []  # without rows there are no columns
+    drop_reasons = rows["dropped"][:]
     kept = rows.select([i for i, reason in enumerate(drop_reasons) if not reason])
     counts = Counter(reason or "kept" for reason in drop_reasons)
     counts.update(note for notes in kept["notes"][:] for note in notes)
+    summary = ", ".join(f"{count} {what}" for what, count in counts.items())
     if len(kept) == 0:
-        raise ValueError(f"{source}: no row is left to use: {in_words(counts)}")
-    return Split(kept), f"{source}: {len(raw)} rows: {in_words(counts)}"
+        raise ValueError(f"{source}: no row is left to use: {summary}")
+    return Split(kept, source), f"{source}: {len(raw)} rows: {summary}"
 
 
-def in_words(counts):
-    """{what: count} as text."""
-    return ", ".join(f"{count} {what}" for what, count in counts.items())
-
-
-def encode_rows(columns, indices, encode, tokenizer, max_length):
+def encode_rows(columns, indices, encode, tokenizer, max_length, limit):
     """Raw rows to token ids, for `Dataset.map`. Raises ValueError with the row's number, from 0."""
     examples = []
     for i, *values in zip(indices, *columns.values(), strict=True):
+        row = dict(zip(columns, values, strict=True))
+        short = shorten(row, limit)
         try:
-            encoded = encode(dict(zip(columns, values, strict=True)), tokenizer)
+            encoded = encode(short, tokenizer)
+            lengths = [len(x["prompt"]) + max(map(len, x["responses"])) for x in encoded]
+            if short != row and max(lengths) <= max_length:  # the exception: more may fit
+                encoded = encode(row, tokenizer)
         except ValueError as error:
             raise ValueError(f"row {i}: {error}") from None
-        examples += [finish_example(**example, max_length=max_length) for example in encoded]
+        examples += [finish_example(**example, max_length=max_length, row=i) for example in encoded]
     return {name: [example[name] for example in examples] for name in examples[0]}
 
 
-def finish_example(prompt, responses, scored, empty, merged, max_length, label=True):
+def shorten(value, limit):
+    """A row with texts of at most `limit` characters: a tokenizer takes minutes for megabytes."""
+    if isinstance(value, dict):
+        return {name: shorten(part, limit) for name, part in value.items()}
+    if isinstance(value, list):
+        return [shorten(part, limit) for part in value]
+    return value[:limit] if isinstance(value, str) else value
+
+
+def finish_example(prompt, responses, scored, empty, merged, max_length, label=True, row=0):
     """An example as in FEATURES: cuts the responses to end within max_length tokens of the prompt's
     first, and says why a row is dropped. scored: a mask over each response; empty: whether a
     completion has no text; merged: whether a token has characters of prompt and completion."""
@@ -179,13 +210,14 @@ def finish_example(prompt, responses, scored, empty, merged, max_length, label=T
         "dropped (the prompt fills max_length)": room == 0,
         "dropped (an empty completion)": empty,
         "dropped (no prompt)": not prompt,
-        "dropped (nothing to score)": 0 in lengths,
+        "dropped (nothing to score, or the chat template leaves it out)": 0 in lengths,
     }
     example = dict(prompt=prompt, responses=responses, scored=scored, lengths=lengths, label=label)
     example["digest"] = hashlib.sha256(repr(example).encode()).hexdigest()
     example["tokens"] = len(prompt) + sum(map(len, responses))
     example["padded_tokens"] = len(responses) * (len(prompt) + max(map(len, responses)))
     example["dropped"] = next((reason for reason, holds in drop_reasons.items() if holds), "")
+    example["row"] = row
     example["notes"] = [note for note, holds in notes.items() if holds]
     return example
 
@@ -199,7 +231,7 @@ def encode_pair(row, tokenizer):
     prompt, chosen = split_turns(row, "chosen")
     other_prompt, rejected = split_turns(row, "rejected")
     if prompt != other_prompt:
-        raise ValueError("chosen and rejected answer different prompts")
+        raise ValueError("chosen and rejected answer different prompts, or one is a plain string")
     return [encode_responses(prompt, [chosen, rejected], tokenizer)]
 
 
@@ -209,17 +241,17 @@ def encode_unpaired(row, tokenizer):
     if {"completion", "label"} <= row.keys():
         labels = {"completion": row["label"]}
     examples = []
-    for column, label in labels.items():
-        if not isinstance(label, bool):
-            raise ValueError(f"label must be true or false, not {label!r}")
+    for column, given in labels.items():
+        label = {"true": True, "1": True, "false": False, "0": False}.get(str(given).lower())
+        if label is None:
+            raise ValueError(f"label must be true or false, not {given!r}")
         prompt, completion = split_turns(row, column)
         examples.append(encode_responses(prompt, [completion], tokenizer) | {"label": label})
     return examples
 
 
 def encode_chat(row, tokenizer):
-    """One example with one response: all from the assistant's first turn on, of which its turns are
-    scored."""
+    """One example with one response: all from the first answer on, of which answers are scored."""
     if "messages" in row:
         messages = check_turns(messages_of(row["messages"], "user", "messages"), "messages")
         last = max([i for i, turn in enumerate(messages) if turn["role"] == "assistant"], default=0)
@@ -243,8 +275,7 @@ def turn_span(ids, chat, i, tokenizer):
     """(start, end) of the assistant's turn i in the ids of the whole chat, end token included."""
     start = common_prefix(ids, to_ids(chat[:i], tokenizer, header=True))
     if to_ids(chat, tokenizer)[: len(ids)] == ids:  # the template writes the end tokens
-        end_token = ids[-1]
-        return start, ids.index(end_token, start) + 1
+        return start, ids.index(ids[-1], start) + 1  # ids[-1] is an end token
     # It writes none: a turn ends where the chat that stops after it differs from the whole one.
     return start, common_prefix(ids, to_ids(chat[: i + 1], tokenizer))
 
@@ -254,17 +285,22 @@ def encode_responses(prompt, completions, tokenizer):
     the longest prefix of tokens that all share: no token straddles the boundary, and the two sides
     of a pair have the same prompt."""
     prompt_ids = to_ids(prompt, tokenizer, header=True)
-    wholes = []
-    for completion in completions:
-        wholes.append(ensure_end_token(to_ids(prompt + completion, tokenizer), tokenizer))
+    wholes = [ensure_end_token(to_ids(prompt + x, tokenizer), tokenizer) for x in completions]
     size = min(common_prefix(prompt_ids, ids) for ids in wholes)
+    responses = [ids[size:] for ids in wholes]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
     return dict(
         prompt=prompt_ids[:size],
-        responses=[ids[size:] for ids in wholes],
-        scored=[[True] * len(ids[size:]) for ids in wholes],
-        empty=not all(completion[0]["content"].strip() for completion in completions),
+        responses=responses,
+        scored=[[not is_blank(x)] * len(ids) for x, ids in zip(texts, responses, strict=True)],
+        empty=any(is_blank(completion[0]["content"]) for completion in completions),
         merged=size < len(prompt_ids),
     )
+
+
+def is_blank(text):
+    """Whether a text has only white space and invisible characters."""
+    return all(x.isspace() or unicodedata.category(x) == "Cf" for x in text)
 
 
 COLUMNS = {  # for each encoder the sets of columns that it can read
@@ -280,9 +316,14 @@ def split_turns(row, column):
     value, prompt = row[column], row.get("prompt")
     if isinstance(value, str) and isinstance(prompt, str):
         return [dict(role=TEXT, content=prompt)], [dict(role=TEXT, content=value)]
+    if isinstance(value, str) and prompt is None:
+        raise ValueError(f"prompt: the plain string in {column} needs a `prompt` column")
     turns = messages_of(value, "assistant", column)
+    asked = messages_of(prompt, "user", "prompt") if prompt else []
     if turns[0]["role"] == "assistant":  # the completion alone
         turns = messages_of(prompt, "user", "prompt") + turns
+    elif turns[0]["role"] == "user" and turns[: len(asked)] != asked:
+        raise ValueError(f"the prompt is not the beginning of {column}")
     *prompt, last = check_turns(turns, column)
     if last["role"] != "assistant":
         raise ValueError(f"{column} must end with an assistant's turn, not the {last['role']}'s")
@@ -298,17 +339,18 @@ def messages_of(value, role, column):
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f"{column} has a message whose content is no string: {message!r:.99}")
+        if any(message.get(key) for key in ("tool_calls", "function_call", "images")):
+            raise ValueError(f"{column} has tool calls or images, which are not read")
     return [dict(role=message.get("role"), content=message["content"]) for message in value]
 
 
 def check_turns(messages, column):
     """The messages. ValueError unless user and assistant alternate, after a system turn if any."""
-    roles = [message["role"] for message in messages]
+    roles = [str(message["role"]) for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     expected = ["user", "assistant"] * len(turns)
     if not turns or turns != expected[: len(turns)]:
-        found = ", ".join(map(str, roles))
-        raise ValueError(f"{column} must have user and assistant in turn, not {found}")
+        raise ValueError(f"{column} must have user and assistant in turn, not {', '.join(roles)}")
     return messages
 
 
@@ -453,9 +495,7 @@ class Batch:
 
     def __init__(self, split, rows, step_tokens, device):
         self.rows = rows  # (B,) row numbers in the split
-        self.step_tokens = (
-            step_tokens  # scored tokens of the step, or of the split, on all processes
-        )
+        self.step_tokens = step_tokens  # scored, of the step or the split, on all processes
         self.labels = split.labels[rows].to(device)  # (B,) bool; all true for pairs and chats
         self.lengths = split.lengths[rows].flatten().to(device)  # (R,) scored tokens
         self.ref_logps = None  # (R,) the reference's log-probs

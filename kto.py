@@ -245,7 +245,7 @@ def main(args):
             add_rows(metrics, batch, logps, losses, rewards, kl)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         grad_norm = grad_norm.full_tensor().item()  # of the whole model, before clipping
-        common.stop_unless_finite(grad_norm, metrics, step)
+        common.stop_unless_finite(grad_norm, metrics, train, step)
         if step == 0 and uses_reference(args):
             common.check_reference(metrics, train, run)
         learning_rate = common.learning_rate(step, num_steps, args)

@@ -83,10 +83,11 @@ def position_limit(model):
     return getattr(model.config, "max_position_embeddings", None) or math.inf
 
 
-def refuse_unsupported(model, max_length):
-    """Raises ValueError for a model that cannot be trained with rows of so many tokens."""
-    config, limit = model.config, position_limit(model)
-    rope = getattr(config, "rope_parameters", None) or {}
+def refuse_unsupported(model, config, max_length):
+    """Raises ValueError for a model, made of this config, that cannot be trained with rows of so
+    many tokens."""
+    limit = position_limit(model)
+    rope = getattr(model.config, "rope_parameters", None) or {}
     by_layer_type = [x for x in rope.values() if isinstance(x, dict)]
     ropes = [rope] if "rope_type" in rope else by_layer_type
     varying = [x for x in ropes if x.get("rope_type") in ("dynamic", "longrope")]

@@ -95,7 +95,7 @@ def main(args):
             metrics.add(batch, logps, -logps, {"loss": (-logps, batch.lengths)})
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         grad_norm = grad_norm.full_tensor().item()  # of the whole model, before clipping
-        common.stop_unless_finite(grad_norm, metrics, step)
+        common.stop_unless_finite(grad_norm, metrics, train, step)
         learning_rate = common.learning_rate(step, num_steps, args)
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.step()
