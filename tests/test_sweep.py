@@ -24,7 +24,7 @@ EXPECTED = {
     "gpt2": "exact",  # learned positions
     "opt:post-norm": "exact",  # learned positions with an offset, embeddings of another size
     "bloom": "padded",  # ALiBi
-    "mpt": "refused",  # ALiBi, attention of its own
+    "mpt": "padded",  # ALiBi, attention of its own
     "apertus": "exact",  # an activation's constants in buffers
     "qwen3_next": "padded",  # a hybrid of linear attention
     "lfm2": "padded",  # a hybrid of convolutions
