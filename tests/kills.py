@@ -53,7 +53,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PHASES = "reading", "reference", "training", "evaluation", "checkpoint", "export"
 EARLY = "reading", "reference"  # before the steps
-POLL = 0.002  # seconds: a checkpoint of a tiny model takes some 30 of these
+POLL = 0.004  # seconds: a checkpoint of a tiny model takes some 10 of these, or more
 LIMIT = 300  # seconds that a start may take, on a machine that does other things, too
 # Every period is another one, so that kills fall between an export and its checkpoint, too.
 STEPS, PERIODS = 10, dict(eval_every=2, save_every=2, export_every=3, keep_checkpoints=2)
@@ -227,11 +227,8 @@ class Case:
         self.kills, self.losses, self.last = [], [], None
 
     def start(self):
-        """Starts it, or resumes it. A folder that was killed before config.yaml has no run yet."""
-        resume = dict(resume=True) if (self.folder / "run/config.yaml").is_file() else {}
-        if not resume:
-            shutil.rmtree(self.folder / "run", ignore_errors=True)
-        options = self.options | resume
+        """Starts it, and resumes it from the second time on, however little it has written."""
+        options = self.options | (dict(resume=True) if self.last else {})
         self.last = Start(self.script, options, self.processes, self.folder, self.warm)
         return self.last
 
@@ -505,11 +502,9 @@ def main():
     begun = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     kills = Kills(make_world(folder / "world"), folder, args.seed, args.warm)
-    try:
+    with contextlib.closing(kills), contextlib.suppress(KeyboardInterrupt):
         kill_many(kills, args)
-    finally:  # also of a part, after Ctrl-C
-        kills.close()
-        print(table(kills, args.processes))
+    print(table(kills, args.processes))  # also of a part, after Ctrl-C
     lost = [case for case in kills.cases if case.losses]
     missed = args.kills - kills.counts().total()
     for case in lost:
@@ -517,7 +512,7 @@ def main():
     minutes = (time.monotonic() - begun) / 60
     print(f"{len(lost)} of {len(kills.cases)} runs lost something, {minutes:.0f} minutes")
     if missed:
-        print(f"{missed} kills came too late for their phase")
+        print(f"{missed} kills are missing: interrupted, or too late for their phase")
     if not lost:
         shutil.rmtree(folder)
     return 1 if lost or missed else 0

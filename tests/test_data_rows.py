@@ -34,7 +34,7 @@ FIXTURES = cache, counted, load, refusal  # pytest finds them by these names
 
 FORMS = {
     "conversations": dict(PAIR),
-    "prompt ignored": PAIR | {"prompt": "something else"},
+    "prompt repeated": PAIR | {"prompt": QUESTION["content"]},
     "completions, prompt as messages": dict(
         prompt=[QUESTION], chosen=[PAIR["chosen"][1]], rejected=[PAIR["rejected"][1]]
     ),
@@ -212,7 +212,7 @@ BAD_ROWS = {
         dict(PAIR, rejected=[SYSTEM, *PAIR["rejected"]]),
         "different prompts",
     ),
-    "label a number": (LABELLED, LABELLED | {"label": 1}, "label"),
+    "label a number": (LABELLED, LABELLED | {"label": 2}, "label"),
     "label a string": (LABELLED, LABELLED | {"label": "good"}, "label"),
     "label None": (LABELLED, LABELLED | {"label": None}, "label"),
 }
