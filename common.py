@@ -148,10 +148,13 @@ def claim_output(args):
     with user_errors(f"--output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = files.lock(folder) if dist.get_rank() == 0 else None
-    if all(path.name == ".lock" for path in folder.iterdir()):
-        return lock
-    if not args.resume or not config.is_file():
+    visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if visible and not (args.resume and config.is_file()):
         fail(f"--output_dir {folder} is in use: choose another (or --resume, if it holds a run)")
+    if lock:
+        files.clean(folder)
+    if not visible:
+        return lock
     with user_errors(f"{config} is damaged: restore it, or choose another --output_dir"):
         before = dict(yaml.safe_load(config.read_text()))
     for name, value in vars(args).items():
@@ -291,7 +294,8 @@ class Run:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.rank == 0 and importlib.util.find_spec("matplotlib"):
             curves = importlib.import_module("curves")
-            curves.draw([self.output_dir], self.output_dir / "curves.png")
+            with files.whole(self.output_dir / "curves.png") as path:
+                curves.draw([self.output_dir], path)
         dist.destroy_process_group()
 
 
@@ -653,7 +657,7 @@ def add_reference(model, train, held_out, args, run):
                 tempfile.TemporaryFile(dir=path.parent).close()
             values, verb = compute_reference(model, split, entropy, args, run), "kept in"
             if run.rank == 0:
-                with files.whole(path) as unfinished:
+                with files.whole(path, beside=run.output_dir) as unfinished:
                     save_file(values | {"checksum": checksum(values)}, unfinished)
         split.start_id, split.ref = start, values["logps"]
         split.ref_entropies = values.get("entropies")
@@ -857,7 +861,7 @@ def save_checkpoint(model, optimizer, train, step, args, run):
         shutil.rmtree(final, ignore_errors=True)  # can only be a damaged one
         unfinished.rename(final)
         for old in sorted(folder.glob("step-*"))[: -args.keep_checkpoints]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(folder / ".old"))
     dist.barrier()
 
 
@@ -916,6 +920,7 @@ def exit_if_finished(num_steps, args, run):
     step = from_rank_zero(log[-1]["step"] if log else -1)
     if step >= num_steps:
         print0(f"nothing is left to do: the run in {run.output_dir} ended with step {step}")
+        run.close()
         raise SystemExit(0)
 
 
@@ -924,14 +929,14 @@ def begin_output(first_step, args, run):
     if run.rank > 0:
         return
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
+    with files.whole(run.output_dir / "config.yaml") as path:
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
     log = run.output_dir / "metrics.jsonl"
     with user_errors(log):
         lines = files.read_json_lines(log) if first_step and log.is_file() else []
     with files.whole(log) as path:  # a killed run may have gone on after its checkpoint
         kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= first_step]
         path.write_text("".join(kept))
-    with files.whole(run.output_dir / "config.yaml") as path:
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
     (run.output_dir / "config.json").unlink(missing_ok=True)
 
 

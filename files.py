@@ -5,6 +5,8 @@ import contextlib
 import fcntl
 import json
 import os
+import re
+import shutil
 import time
 import zlib
 
@@ -30,16 +32,27 @@ def lock(folder):
 
 
 @contextlib.contextmanager
-def whole(path):
-    """A path to write to. The file there replaces `path` when all of it is on the disk."""
+def whole(path, beside=None):
+    """A path to write to, in the folder `beside` or in the file's own. The file there replaces
+    `path` when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = (beside or path.parent) / f".{os.getpid()}.{path.name}"
     try:
         yield unfinished
         sync(unfinished)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def clean(folder):
+    """Deletes what a killed run left unfinished in its folder; .tmp files are safetensors'."""
+    for place in ("", "eval/", "checkpoints/", "models/*/"):
+        for path in folder.glob(f"{place}.*"):
+            if path.name in (".export", ".unfinished", ".old"):
+                shutil.rmtree(path)
+            elif re.fullmatch(r"\.\d+\..+|\.tmp\w+", path.name):
+                path.unlink()
 
 
 def sync(path):

@@ -36,7 +36,7 @@ def stopped(world, tmp_path_factory):
     """A run of 4 steps, whole, and one that was killed after 3 of them, before its model."""
     folder = tmp_path_factory.mktemp("stopped")
     for name in ("whole", "killed"):
-        dpo.main(dpo.Args(**settings(world, folder / name, max_steps=4)))
+        dpo.main(dpo.Args(**settings(world, folder / name, max_steps=4, keep_checkpoints=2)))
     shutil.rmtree(folder / "killed/checkpoints/step-000004")
     (folder / "killed/config.json").unlink()
     return folder
