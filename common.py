@@ -967,6 +967,10 @@ def export(model, tokenizer, args, run, folder=None):
         # As text, since save_pretrained refuses configs that are found on the hub.
         ends = model_files.generation_config(args.model, tokenizer).to_json_string()
         (unfinished / "generation_config.json").write_text(ends)
+        lost = model_files.tensor_names(model_files.model_folder(args.model))
+        lost -= model_files.tensor_names(unfinished)
+        if lost:
+            print0(f"WARNING: the export lacks {len(lost)} of {args.model}'s tensors: {min(lost)}")
         tokenizer.save_pretrained(unfinished)
         (unfinished / "README.md").write_text(model_card(args))
         (folder / "config.json").unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import data
@@ -68,6 +69,15 @@ def read_weights(name, seed):
     print(f"{name} has a config and no weights: they are drawn from seed {seed}")
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(read_config(folder), dtype=torch.float32)
+
+
+def tensor_names(folder):
+    """The names of all tensors in a folder's safetensors files."""
+    names = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names |= set(file.keys())
+    return names
 
 
 def packable(model):

@@ -215,6 +215,24 @@ def test_weights_that_are_not_finite_are_not_saved(world, tmp_path):
     assert not (out / "config.json").exists() and not list(out.glob("checkpoints/step-*"))
 
 
+FULL = "import errno, sys; sys.path.insert(0, {root!r}); import common, dpo, files\n"
+FULL += "def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+FULL += "{place} = full; dpo.main(common.parse_args(dpo.Args))"
+
+
+@pytest.mark.parametrize("place", ["common.save_file", "common.dcp.save", "files.sync"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(world, stopped, tmp_path, place):
+    """In the reference, a checkpoint, or any file; the space is there again for the second run."""
+    options = settings(world, tmp_path / "run", max_steps=4)
+    script = tmp_path / "full.py"
+    script.write_text(FULL.format(root=str(common.HERE), place=place))
+    done = run(script, options)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: [Errno 28] No space left on device" in done.stderr
+    dpo.main(dpo.Args(**options | {"resume": True}))
+    assert same_weights(stopped / "whole", tmp_path / "run")
+
+
 def test_the_rights_of_files_are_those_of_the_user(world, killed):
     dpo.main(dpo.Args(**resume(world, killed)))
     rights = 0o666 & ~files.UMASK

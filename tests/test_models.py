@@ -248,6 +248,22 @@ def test_exports_have_all_tensors_in_their_own_dtypes(name, tmp_path):
         assert again[key].dtype == tensor.dtype and torch.equal(again[key], tensor), key
 
 
+def test_an_export_that_lacks_a_tensor_says_so(tmp_path, capsys):
+    folder = tiny.model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    extra = {"model.layers.0.extra.weight": torch.ones(2)}  # transformers reads past it
+    save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    start = settle(folder)
+    common.export(start.model, common.load_tokenizer(folder), start.args, start.run)
+    out = capsys.readouterr().out
+    assert "the export lacks 1 of" in out and "model.layers.0.extra.weight" in out
+    common.export(start.model, common.load_tokenizer(folder), start.args, start.run)
+    again = settle(start.run.output_dir)
+    capsys.readouterr()
+    common.export(again.model, common.load_tokenizer(folder), again.args, again.run)
+    assert "the export lacks" not in capsys.readouterr().out
+
+
 NOISY = {
     "GPT2": dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1),
     "Mixtral": dict(num_local_experts=4, attention_dropout=0.1),
