@@ -923,7 +923,8 @@ def exit_if_finished(num_steps, args, run):
     step = from_rank_zero(log[-1]["step"] if log else -1)
     if step >= num_steps:
         print0(f"nothing is left to do: the run in {run.output_dir} ended with step {step}")
-        run.close()
+        if not (run.output_dir / "curves.png").exists():
+            run.close()
         raise SystemExit(0)
 
 

@@ -129,7 +129,7 @@ def test_errors_of_use(world, models, tmp_path, capsys, monkeypatch):
         "no safetensors": dict(models=[f"a={tmp_path}/pickled", f"b={models}/m0"]),
         "no split test_other": dict(eval_split="test_other"),
         "are too few": dict(max_length=18),
-        "it takes 512 tokens and 9000": dict(max_length=9000),
+        "it takes 4096 tokens and 9000": dict(max_length=9000),
     }
     for message, change in cases.items():
         args = settings(world, models, tmp_path / "out", **change)

@@ -41,11 +41,8 @@ PACKED = {
 }
 PADDED = {
     "Falcon": {},
-    "Bloom": {},  # alibi
-    "GPTJ": dict(rotary_dim=4, n_embd=32, n_layer=2, n_head=4, max_position_embeddings=256),
     "GptOss": EXPERTS | WINDOW | dict(head_dim=8),  # sinks
     "Lfm2": dict(layer_types=["conv", "full_attention"]),
-    "Mamba": dict(state_size=4),
     "Qwen3Next": EXPERTS
     | LINEAR
     | dict(head_dim=8)
