@@ -1,0 +1,126 @@
+"""The runs of plans.yaml: what is trained for which figure, and where it stands."""
+
+import dataclasses
+import functools
+import importlib
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from terminal import fail  # noqa: E402
+
+RUNS = ROOT / "runs/papers"
+PLANS = yaml.safe_load((ROOT / "papers/plans.yaml").read_text())
+RECIPE = yaml.safe_load((ROOT / "recipes/toy.yaml").read_text())
+EPOCH = 128  # steps: 2,048 pairs, 16 a step
+EVALUATE = dict(eval_every=64, export_every=EPOCH)
+SEEDS = [0, 1, 2]
+GRID_SEED = 100  # the choice among settings has a seed of its own
+
+
+@functools.cache
+def usual(script):
+    """A script's settings on the toy world: its defaults under those of the recipe."""
+    args = dataclasses.fields(importlib.import_module(script).Args)
+    defaults = {field.name: field.default for field in args}
+    shared = {key: value for key, value in RECIPE.items() if key in defaults}
+    return defaults | shared | RECIPE[script.split(".")[-1]] | EVALUATE
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run on the toy world."""
+
+    script: str  # as it is imported: spo, baselines.orpo
+    changes: tuple  # (name, value) of what differs from `usual`, by name
+
+    @property
+    def settings(self):
+        return usual(self.script) | dict(self.changes)
+
+    @property
+    def folder(self):
+        words = [f"{key}={value}" for key, value in self.changes]
+        return RUNS / self.script.split(".")[-1] / (",".join(words) or "usual")
+
+    @property
+    def steps(self):
+        return self.settings["max_steps"] or EPOCH * self.settings["num_train_epochs"]
+
+    @property
+    def exports(self):
+        """The steps whose models are kept and scored."""
+        every = self.settings["export_every"]
+        return range(every, self.steps + 1, every)
+
+    def score_file(self, step):
+        return self.folder / f"eval/score-{step:06d}.json"
+
+    def scores(self, step=None):
+        """What toy/score.py said of the model after so many steps, or of the last one."""
+        return json.loads(self.score_file(step or self.steps).read_text())["model"]
+
+
+def make_run(script, settings):
+    if unknown := settings.keys() - usual(script).keys():
+        fail(f"{script} has no setting {', '.join(sorted(unknown))}")
+    differ = {key: value for key, value in settings.items() if value != usual(script)[key]}
+    return Run(script, tuple(sorted(differ.items())))
+
+
+def runs_of(entry):
+    """The runs of a plan's entry, its lists crossed."""
+    entry = dict(seeds=SEEDS) | entry
+    script, entry["seed"] = entry.pop("script"), entry.pop("seeds")
+    values = [value if isinstance(value, list) else [value] for value in entry.values()]
+    rows = itertools.product(*values)
+    return [make_run(script, dict(zip(entry, row, strict=True))) for row in rows]
+
+
+def plan(name):
+    """The runs of a plan of plans.yaml."""
+    return [run for entry in PLANS["plans"][name] for run in runs_of(entry)]
+
+
+def grid(method):
+    """The runs that a method's settings are chosen from."""
+    once = dict(num_train_epochs=1, eval_every=EPOCH)
+    return runs_of(once | PLANS["methods"][method] | dict(seeds=GRID_SEED))
+
+
+def chosen(method):
+    """The runs of a method's best settings, by the good answers of its grid's runs."""
+    best = max(grid(method), key=lambda run: run.scores()["good"])
+    entry = PLANS["methods"][method]
+    return runs_of(entry | {key: best.settings[key] for key in entry if key in best.settings})
+
+
+def shorten():
+    """Makes --quick's plans of all: the ends of their lists, one seed, half an epoch."""
+    for name, entries in PLANS["plans"].items():
+        PLANS["plans"][name] = [shortened(entry) for entry in entries]
+    for name, entry in PLANS["methods"].items():
+        PLANS["methods"][name] = shortened(entry)
+
+
+def shortened(entry):
+    lists = {key: value for key, value in entry.items() if isinstance(value, list)}
+    ends = {key: [value[0], value[-1]] for key, value in lists.items()}
+    half = dict(max_steps=EPOCH // 2, export_every=EPOCH // 2, eval_every=EPOCH // 2)
+    return entry | ends | half | dict(seeds=[0])
+
+
+def sweep(words):
+    """The runs of `sweep SCRIPT setting=value,value ...`."""
+    entry = dict(script=words[0])
+    for word in words[1:]:
+        name, equals, values = word.partition("=")
+        if not equals:
+            fail(f"sweep {words[0]} {word}: settings are name=value,value")
+        entry[name] = [yaml.safe_load(value) for value in values.split(",")]
+    return runs_of(entry)

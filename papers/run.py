@@ -1,0 +1,132 @@
+"""Trains the runs of the papers' figures and tables on the toy world, scores them, and draws them.
+
+    python papers/run.py all               # every plan of plans.yaml; papers/results.md at the end
+    python papers/run.py alpha targets     # two of its plans, and their pictures
+    python papers/run.py sweep alphapo alpha=-2,-1,0,0.25,1,2 seeds=0,1,2    # one of your own
+    python papers/run.py all --quick       # the ends of each list, one seed, half an epoch
+
+A run is a folder of runs/papers, named after what differs from recipes/toy.yaml: what stands there
+is not trained again, and what was interrupted goes on. Its scores (toy/score.py) are in its eval/.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import figures
+import plans
+from plans import EVALUATE, ROOT, RUNS, fail
+from tqdm.auto import tqdm
+
+REQUESTS = 128  # that are answered; for the choice among settings, others
+START_UP, STEP, SCORE = 14, 0.13, 4  # seconds of one core, for the estimate that is printed first
+
+
+def call(*words, log=subprocess.DEVNULL):
+    """The exit status of a Python file of the project, on one thread: small matrices gain nothing
+    by more."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
+
+
+def trained(run):
+    return (run.folder / "config.json").exists()  # a part of the export, with which a run ends
+
+
+def train(run):
+    script = ["-m", run.script] if "." in run.script else [f"{run.script}.py"]
+    options = [f"--{name}={value}" for name, value in (EVALUATE | dict(run.changes)).items()]
+    options += [f"--output_dir={run.folder}", "--resume"]
+    log = RUNS / "logs" / f"{run.folder.parent.name},{run.folder.name}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
+        if call(*script, "--config", "recipes/toy.yaml", *options, log=file):
+            fail(f"a run has failed: see {log}")
+
+
+def score(runs):
+    """Scores the models of runs of one seed."""
+    models = [(run, step) for run in runs for step in run.exports]
+    folders = [run.folder / f"models/step-{step:06d}" for run, step in models]
+    seed = runs[0].settings["seed"]
+    out = runs[0].score_file(0)
+    options = ["--requests", REQUESTS, "--skip", REQUESTS if seed == plans.GRID_SEED else 0]
+    if call("toy/score.py", "toy/sft", *folders, *options, "--seed", seed, "--json", out):
+        fail(f"toy/score.py has failed: python toy/score.py toy/sft {folders[0]}")
+    start, *scores = json.loads(out.read_text())
+    for (run, step), model in zip(models, scores, strict=True):
+        run.score_file(step).write_text(json.dumps(dict(start=start, model=model)) + "\n")
+    out.unlink()
+
+
+def finish(runs, at_once):
+    """Trains and scores what is not there yet, `at_once` processes at a time."""
+    runs = list(dict.fromkeys(runs))  # a run of two plans is one
+    todo = [run for run in runs if not trained(run)]
+    unscored = [run for run in runs if not run.score_file(run.steps).exists()]
+    models = sum(len(run.exports) for run in unscored)
+    seconds = sum(START_UP + STEP * run.steps for run in todo) + SCORE * models
+    ahead = f", about {seconds / at_once / 60:.0f} minutes, {at_once} at a time" if models else ""
+    print(f"{len(runs)} runs: {len(todo)} to train, {models} models to score{ahead}", flush=True)
+
+    def seed(run):
+        return run.settings["seed"]
+
+    with ThreadPoolExecutor(at_once) as pool:
+        with tqdm(total=sum(run.steps for run in todo), desc="train", unit="step") as bar:
+            for run, _ in zip(todo, pool.map(train, todo), strict=True):
+                bar.update(run.steps)
+        batches = []  # a process scores so many runs, as its start takes longer than a model
+        for _, same in itertools.groupby(sorted(unscored, key=seed), seed):
+            same = list(same)
+            batches += [same[first : first + 6] for first in range(0, len(same), 6)]
+        list(tqdm(pool.map(score, batches), "score", len(batches), unit="batch"))
+
+
+def judge(models, seed):
+    """Win rates of {name: run} and the start, by toy/judge.py: the folder of the report."""
+    folder = RUNS / f"judge/seed-{seed}"
+    names = [f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}={run.folder}" for name, run in models.items()]
+    options = ["--config", "recipes/toy.yaml", "--output_dir", folder, "--seed", seed]
+    if call("eval_judge.py", *options, "--models", "SFT=toy/sft", *names):
+        fail(f"eval_judge.py has failed: see its --output_dir, {folder}")
+    return folder
+
+
+def main(args):
+    first, *words = args.plans
+    if first == "sweep":
+        if not words:
+            fail("which? python papers/run.py sweep SCRIPT setting=value,value seeds=0,1,2")
+        runs = plans.sweep(words)
+        finish(runs, args.at_once)
+        return figures.draw_sweep(runs)
+    if args.quick:
+        plans.shorten()
+    known = [*plans.PLANS["plans"], "methods"]
+    names = known if first == "all" else args.plans
+    if unknown := set(names) - set(known):
+        fail(f"no plan {', '.join(unknown)}: there are all, sweep, {', '.join(known)}")
+    methods = plans.PLANS["methods"] if "methods" in names else []
+    runs = [run for name in names if name != "methods" for run in plans.plan(name)]
+    finish(runs + [run for method in methods for run in plans.grid(method)], args.at_once)
+    if methods:
+        best = {method: plans.chosen(method) for method in methods}
+        finish(itertools.chain(*best.values()), args.at_once)
+        for seed, of_seed in enumerate(zip(*best.values(), strict=True)):
+            judge(dict(zip(best, of_seed, strict=True)), seed)
+    figures.draw(names, complete=first == "all" and not args.quick)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("plans", nargs="+", metavar="PLAN", help="of plans.yaml; all; sweep ...")
+    parser.add_argument("--quick", action="store_true", help="the ends of lists, half an epoch")
+    parser.add_argument("--at_once", type=int, default=os.cpu_count(), help="processes")
+    main(parser.parse_args())
