@@ -72,7 +72,7 @@ def by_method(runs):
 
 
 def score(one, key, step=None):
-    """A figure of toy/score.py, good answers in percent: of a run's last model, or that of a step."""
+    """A figure of toy/score.py, good answers in percent, of a run's last model or a step's."""
     return one.scores(step)[key] * (100 if key == "good" else 1)
 
 
@@ -418,6 +418,18 @@ def grades():
     return f"{picture}\n\n{table(['answers, %', *map(str, range(5))], rows)}"
 
 
+def own_pairs():
+    """Are a model's own answers, ranked, better to train on than the shipped pairs? AlphaPO,
+    Section 4.1, A.9: pairs of five answers at temperature 0.8, SPPO after others. Good answers
+    after one and two rounds of 128 steps, the second from the first one's model; from
+    on_policy.json, which `python papers/on_policy.py` writes."""
+    rows = []
+    for name, seeds in json.loads((HERE / "on_policy.json").read_text())["results"].items():
+        goods = 100 * np.array([[model["good"] for model in seed["models"]] for seed in seeds])
+        rows.append([*name.split(", "), *map(spread, goods.T)])
+    return table(["", "pairs", "start, %", "round 1, %", "round 2, %"], rows)
+
+
 # ---- All methods ----
 def methods():
     """How do all methods compare at settings found with equal effort? StaPO, Table 5; AlphaPO,
@@ -468,6 +480,7 @@ SECTIONS = {  # title: the plans it needs, the function that draws it, what is t
     "AlphaPO, Figures 3 and 8, and 9": (["alpha", "gamma", "beta"], sweeps, ""),
     "AlphaPO, Figures 10 and 11": (["epochs"], kl_and_quality, ""),
     "AlphaPO, Figures 3 (right) and 12": (["alpha"], grades, ""),
+    "Pairs of the model's own answers": ([], own_pairs, ""),
 }
 
 
@@ -501,10 +514,14 @@ def summary(run):
     return dict(settings=settings, scores=run.scores(), log_ratios=sides)
 
 
+def commit():
+    """The commit of the project that is checked out."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+
 def introduction(count):
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
     tuned = 4 * len(plans.PLANS["methods"])
     return f"""# The papers on the toy world
 
@@ -512,7 +529,7 @@ Written by `python papers/run.py all`, with every picture and number below; the 
 them are ours. {count} runs of [plans.yaml](plans.yaml), three seeds of each setting (0, 1 and 2),
 and {tuned} shorter ones, four of each method, that its settings were chosen from, by the good
 answers to requests that are used nowhere else. All start from [toy/sft](../toy). {versions}, commit
-{commit}.
+{commit()}.
 
 Numbers are means over the seeds, with the lowest and the highest in brackets. `good`: the share of
 answers without a fault, by the exact rule of [toy/judge.py](../toy/judge.py), of 8 to each of 128
@@ -525,7 +542,7 @@ gradients and surfaces of their figures are in [docs/losses.md](../docs/losses.m
 
 
 def draw_sweep(runs):
-    """For a sweep of one's own: what toy/score.py says of each setting, as a table and a picture."""
+    """For a sweep of one's own: what toy/score.py says of each setting, table and picture."""
     different = {
         key for run in runs for key, value in run.settings.items() if value != runs[0].settings[key]
     }

@@ -1,6 +1,6 @@
 """On-policy pairs on the toy world, in two rounds: prints a Markdown table of the good answers.
 
-    python bench/on_policy.py            three seeds, to bench/results/on_policy.json
+    python papers/on_policy.py           three seeds, to papers/on_policy.json
 
 A round trains 128 steps, half of those of recipes/toy.yaml, on a schedule of its own; the second
 starts from the first one's model, which is also its reference. With own pairs, each round begins
@@ -10,12 +10,12 @@ best against the worst by toy/judge.py. The shipped pairs are the same in both r
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
+import figures
+from plans import ROOT
+from run import call
 from tqdm.auto import tqdm
-
-from toy import ROOT, call, commit, scores
 
 METHODS = {
     "SPO": ["spo.py"],
@@ -23,6 +23,7 @@ METHODS = {
     # Its targets are SPO's here, log-ratios of +2.5 and -2.5 nats.
     "SPPO": ["-m", "baselines.sppo", "--beta=0.2"],
 }
+OUT = ROOT / "papers/on_policy.json"
 ROUND = ["--config", "recipes/toy.yaml", "--max_steps=128", "--eval_every=0", "--save_every=0"]
 
 
@@ -30,7 +31,8 @@ def pairs_of(start, seed, folder):
     """The folder of a model's own pairs, and what sample_pairs.py has counted."""
     if not (folder / "report.json").exists():  # it exists where an earlier bench was stopped
         options = [f"--model={start}", f"--output_dir={folder}", f"--seed={seed}"]
-        call("sample_pairs.py", "--config", "recipes/toy.yaml", "--eval_split=", *options)
+        options += ["--config", "recipes/toy.yaml", "--eval_split="]
+        call(folder.name, "sample_pairs.py", *options)
     return folder, json.loads((folder / "report.json").read_text())["train_prefs"]["counts"]
 
 
@@ -38,20 +40,8 @@ def train(script, start, dataset, seed, folder):
     """A round's model."""
     if not (folder / "config.json").exists():
         options = [f"--model={start}", f"--dataset={dataset}", f"--seed={seed}", "--resume"]
-        call(*script, *ROUND, *options, f"--output_dir={folder}")
+        call(folder.name, *script, *ROUND, *options, f"--output_dir={folder}")
     return folder
-
-
-def table(results):
-    """Markdown: good answers in percent by round, the mean over the seeds and their range."""
-    lines = ["| | pairs | start | round 1 | round 2 |", "|---" * 5 + "|"]
-    for (name, pairs), seeds in results.items():
-        cells = []
-        for place in range(3):
-            goods = [100 * seed["models"][place]["good"] for seed in seeds]
-            cells.append(f"{statistics.mean(goods):.1f} ({min(goods):.1f} to {max(goods):.1f})")
-        lines.append(f"| {name} | {pairs} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def main(args):
@@ -70,20 +60,21 @@ def main(args):
                 start = train(METHODS[name], start, dataset, seed, folder)
                 models.append(start)
                 counts.append(counted)
-        first, *figures = scores(models, seed, args.folder)
-        for figure in figures:
-            figure["model"] = Path(figure["model"]).name
+        file = args.folder / f"scores-{seed}.json"
+        call(f"on-policy-{seed}", "toy/score.py", *models, "--seed", seed, "--json", file)
+        first, *others = json.loads(file.read_text())
+        for model in others:
+            model["model"] = Path(model["model"]).name
         for place, run in enumerate(runs):
             rounds = slice(2 * place, 2 * place + 2)
-            results[run].append(dict(models=[first, *figures[rounds]], pairs=counts[rounds]))
-        print(table(results))
+            results[run].append(dict(models=[first, *others[rounds]], pairs=counts[rounds]))
     named = {", ".join(run): seeds for run, seeds in results.items()}
-    args.out.write_text(json.dumps(dict(commit=commit(), results=named), indent=1) + "\n")
+    OUT.write_text(json.dumps(dict(commit=figures.commit(), results=named), indent=1) + "\n")
+    print(figures.own_pairs())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/on-policy", help="of the runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/on_policy.json")
     main(parser.parse_args())

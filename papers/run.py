@@ -27,12 +27,17 @@ REQUESTS = 128  # that are answered; for the choice among settings, others
 START_UP, STEP, SCORE = 14, 0.13, 4  # seconds of one core, for the estimate that is printed first
 
 
-def call(*words, log=subprocess.DEVNULL):
-    """The exit status of a Python file of the project, on one thread: small matrices gain nothing
-    by more."""
+def call(log, *words):
+    """Runs a Python file of the project, on one thread: small matrices gain nothing by more. Its
+    output goes to a file in runs/papers/logs; ends this program where it fails."""
+    log = RUNS / "logs" / f"{log}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
+    with open(log, "w") as file:
+        options = dict(cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        if subprocess.run(command, **options).returncode:
+            fail(f"python {' '.join(command[1:])} has failed: see {log}")
 
 
 def trained(run):
@@ -43,11 +48,8 @@ def train(run):
     script = ["-m", run.script] if "." in run.script else [f"{run.script}.py"]
     options = [f"--{name}={value}" for name, value in (EVALUATE | dict(run.changes)).items()]
     options += [f"--output_dir={run.folder}", "--resume"]
-    log = RUNS / "logs" / f"{run.folder.parent.name},{run.folder.name}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as file:
-        if call(*script, "--config", "recipes/toy.yaml", *options, log=file):
-            fail(f"a run has failed: see {log}")
+    log = f"{run.folder.parent.name},{run.folder.name}"
+    call(log, *script, "--config", "recipes/toy.yaml", *options)
 
 
 def score(runs):
@@ -57,8 +59,8 @@ def score(runs):
     seed = runs[0].settings["seed"]
     out = runs[0].score_file(0)
     options = ["--requests", REQUESTS, "--skip", REQUESTS if seed == plans.GRID_SEED else 0]
-    if call("toy/score.py", "toy/sft", *folders, *options, "--seed", seed, "--json", out):
-        fail(f"toy/score.py has failed: python toy/score.py toy/sft {folders[0]}")
+    options += ["--seed", seed, "--json", out]
+    call(f"score-{runs[0].folder.name}", "toy/score.py", "toy/sft", *folders, *options)
     start, *scores = json.loads(out.read_text())
     for (run, step), model in zip(models, scores, strict=True):
         run.score_file(step).write_text(json.dumps(dict(start=start, model=model)) + "\n")
@@ -90,13 +92,11 @@ def finish(runs, at_once):
 
 
 def judge(models, seed):
-    """Win rates of {name: run} and the start, by toy/judge.py: the folder of the report."""
-    folder = RUNS / f"judge/seed-{seed}"
+    """Win rates of {name: run} and the start against one another, by toy/judge.py."""
     names = [f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}={run.folder}" for name, run in models.items()]
-    options = ["--config", "recipes/toy.yaml", "--output_dir", folder, "--seed", seed]
-    if call("eval_judge.py", *options, "--models", "SFT=toy/sft", *names):
-        fail(f"eval_judge.py has failed: see its --output_dir, {folder}")
-    return folder
+    options = ["--config", "recipes/toy.yaml", "--output_dir", RUNS / f"judge/seed-{seed}"]
+    options += ["--seed", seed, "--models", "SFT=toy/sft", *names]
+    call(f"judge-{seed}", "eval_judge.py", *options)
 
 
 def main(args):
