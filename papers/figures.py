@@ -197,7 +197,7 @@ def reports():
 
 
 def all_against_all():
-    """Who wins against whom, of all methods: Tables 1 and 2 of the SPO papers, longer."""
+    """Who wins against whom, of all methods? The SPO papers, Tables 1 and 2, for all of them."""
     matrices = [report["matrix"] for report in reports()]
     names = sorted(matrices[0], key=lambda name: -wins(matrices, name, "SFT"))
     rates = np.array([[wins(matrices, row, column) for column in names] for row in names])
@@ -501,17 +501,18 @@ def draw(names, complete):
     runs = [run for name in plans.PLANS["plans"] for run in plans.plan(name)]
     runs += [run for method in plans.PLANS["methods"] for run in plans.chosen(method)]
     runs = list(dict.fromkeys(runs))
-    lines = [json.dumps(summary(run)) for run in runs]
-    (HERE / "results.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    lines = ",\n".join(json.dumps(summary(run)) for run in runs)
+    (HERE / "results.json").write_text(f"[\n{lines}\n]\n")
     (HERE / "results.md").write_text("\n\n".join([introduction(len(runs)), *parts]) + "\n")
     print(f"written: {HERE / 'results.md'}")
 
 
 def summary(run):
-    """What other pages quote of a run."""
+    """A run in results.json, for other pages that quote it: what differs from recipes/toy.yaml, the
+    scores of the start and of the model, and where the log-ratios ended, nats."""
     sides = [last(run, f"logratios/{side}") for side in ("chosen", "rejected")]
-    settings = dict(script=run.script, **dict(run.changes))
-    return dict(settings=settings, scores=run.scores(), log_ratios=sides)
+    scores = json.loads(run.score_file(run.steps).read_text())
+    return dict(script=run.script, **dict(run.changes), **scores, log_ratios=sides)
 
 
 def commit():

@@ -1,6 +1,6 @@
 """The numbers of docs/choosing.md: those of formulas by the scripts' own losses, those of runs by
-bench/results/toy.json, which the table of README.md is made from. Their order in a paragraph
-counts, its wording does not."""
+papers/results.json, which papers/run.py writes. Their order in a paragraph counts, its wording
+does not."""
 
 import json
 import re
@@ -24,7 +24,22 @@ TEXT = (ROOT / "docs/choosing.md").read_text()
 PARTS = re.split(r"^#+ (.+)$", TEXT, flags=re.M)[1:]
 SECTIONS = dict(zip(PARTS[::2], PARTS[1::2], strict=True))
 NUMBERS = numbers_of_the_page(SECTIONS)
-RUNS = json.loads((ROOT / "bench/results/toy.json").read_text())["results"]
+NAMED = {  # what differs from recipes/toy.yaml
+    "DPO, beta 0.1": dict(script="dpo", beta=0.1),
+    "DPO, beta 1": dict(script="dpo"),
+    "IPO": dict(script="ipo"),
+    "KTO": dict(script="kto"),
+    "SPO, one term": dict(script="spo", alpha=0),
+    "SPO, two terms": dict(script="spo"),
+    "StaPO, log-ratios": dict(script="stapo"),
+    "SimPO": dict(script="alphapo", alpha=0),
+}
+FIGURES = {"seed", "start", "model", "log_ratios"}
+RESULTS = json.loads((ROOT / "papers/results.json").read_text())
+RUNS = {  # a seed each
+    name: [run for run in RESULTS if {k: run[k] for k in run.keys() - FIGURES} == settings]
+    for name, settings in NAMED.items()
+}
 
 
 def says(heading, label=1):
@@ -33,8 +48,15 @@ def says(heading, label=1):
     return [Number(text) for text in NUMBERS[section, label]]
 
 
+def scores(name):
+    """What toy/score.py said of the start, or of a run's models, a seed each."""
+    if name == "start":
+        return [seed["start"] for seed in RUNS["SPO, two terms"]]
+    return [seed["model"] for seed in RUNS[name]]
+
+
 def good(name):
-    return 100 * mean(seed["good"] for seed in RUNS[name])
+    return 100 * mean(seed["good"] for seed in scores(name))
 
 
 def log_ratios(name):
@@ -42,7 +64,7 @@ def log_ratios(name):
 
 
 def tokens(name):
-    return mean(seed["length"] for seed in RUNS[name])
+    return mean(seed["length"] for seed in scores(name))
 
 
 def test_anchors_and_links():
@@ -113,7 +135,7 @@ def test_targets_of_spo():
     names = "SPO, two terms", "SPO, one term"
     for said, name, share in zip((with_it, without), names, goods, strict=True):
         assert said.near(log_ratios(name)[1]) and share.near(good(name))
-    seeds = [100 * seed["good"] for name in names for seed in RUNS[name]]
+    seeds = [100 * seed["good"] for name in names for seed in scores(name)]
     assert lowest.near(min(seeds)) and highest.near(max(seeds))
 
     def of_second_term(r_l):
@@ -149,7 +171,7 @@ def test_dpo_against_spo():
         "DPO at"
     )
     assert of_dpo.near(good("DPO, beta 1")) and of_spo.near(good("SPO, two terms"))
-    assert error.near(100 * mean(seed["good_se"] for seed in RUNS["DPO, beta 1"]))
+    assert error.near(100 * mean(seed["good_se"] for seed in scores("DPO, beta 1")))
     for end, name in zip(ends, ("DPO, beta 1", "SPO, two terms"), strict=True):
         chosen, rejected = log_ratios(name)
         assert end.near(round(chosen, 1) - round(rejected, 1))
@@ -170,7 +192,7 @@ def test_runs():
         ended.near(log_ratios(failed)[1]) and fell.near(good(failed)) and start.near(good("start"))
     )
     assert round(tokens("start")) == ten
-    names = [name for name in RUNS if RUNS[name][0]["log_ratios"][0] is not None and name != failed]
+    names = [name for name in RUNS if name not in (failed, "SimPO")]
     rejected = [log_ratios(name)[1] for name in names]
     assert least.near(max(rejected)) and most.near(min(rejected))
     _, margin, share, _, wide, low = says("How do I choose beta")

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -195,7 +196,10 @@ def test_the_figures_of_a_model_that_knows_nothing(tmp_path):
         model.get_input_embeddings().weight.zero_()
     model.save_pretrained(tmp_path)
     size = len(tokenizer)
-    figures, shares, examples = score.score(tmp_path, score.held_out_requests(64), 8, seed=0)
+    start, _ = score.open_network(tmp_path)
+    requests = score.held_out_requests(64)
+    figures, shares, examples = score.score(tmp_path, requests, 8, 0, start)
+    assert figures["kl"] == 0 and figures["grades"] == [512, 0, 0, 0, 0]
     assert figures["entropy"] == pytest.approx(math.log(size), abs=1e-6)
     assert figures["good"] == figures["distinct"] == 0 and len(shares) == len(examples) == 64
     # 512 answers: an end token has the chance 1 / size at each place
@@ -207,8 +211,9 @@ def test_the_figures_of_a_model_that_knows_nothing(tmp_path):
 def test_padding_does_not_change_what_is_sampled():
     """Requests differ in length, and each answer has random numbers of its own."""
     requests = ["Name 2 fruits.", "Can you give me 5 fruits in alphabetical order?"]
-    together = score.answers(TOY / "sft", requests, 2, seed=0)
-    apart = [score.answers(TOY / "sft", [request], 2, seed=0) for request in requests]
+    model = score.open_network(TOY / "sft")
+    together = score.answers(*model, requests, 2, seed=0, title="")
+    apart = [score.answers(*model, [request], 2, seed=0, title="") for request in requests]
     assert [x["response"] for x in together] == [x["response"] for part in apart for x in part]
     assert len({x["response"] for x in together}) == 4
 
@@ -236,6 +241,24 @@ def run(script, *options):
     return done.stdout
 
 
+def test_kl_divergence_by_hand():
+    """Of (1/2, 1/2) from (1/4, 3/4) at each token of two answers, of three tokens and of one."""
+
+    class Network:
+        device = "cpu"
+
+        def __init__(self, *probabilities):
+            self.logits = torch.tensor(probabilities).log()
+
+        def __call__(self, ids):
+            return SimpleNamespace(logits=self.logits.expand(*ids.shape, 2))
+
+    rows = [(2, [0, 1, 0, 0, 1]), (3, [1, 1, 0, 1])]
+    found = score.kl_divergence(Network(0.5, 0.5), Network(0.25, 0.75), rows)
+    of_a_token = (math.log(0.5 / 0.25) + math.log(0.5 / 0.75)) / 2
+    assert found == pytest.approx((3 + 1) * of_a_token / 2, rel=1e-6)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The model of the README's first command."""
@@ -254,6 +277,8 @@ def test_spo_improves_the_model(trained, tmp_path):
     assert after["distinct"] > 0.9 and after["endless"] < 0.01
     assert 0.8 < after["length"] / before["length"] < 1.2
     assert after["entropy"] > 0.7 * before["entropy"]
+    assert before["kl"] == 0 and 0.1 < after["kl"] < 2  # it stays near its start
+    assert sum(after["grades"]) == 1024 and after["grades"][4] == 1024 * after["good"]
     assert len(re.findall(r"^.*spo +\d of 4  ", printed, re.M)) == 4  # sample answers
 
 

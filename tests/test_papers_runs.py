@@ -1,0 +1,229 @@
+"""papers/run.py and its figures: which runs a plan is, that nothing runs twice, what is drawn from
+made-up runs whose numbers are known, and a few real ones."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "papers"))
+import figures  # noqa: E402
+import plans  # noqa: E402
+import run as runner  # noqa: E402
+
+SPO = dict(script="spo", beta=[0.2, 0.4], alpha=0)
+
+
+@pytest.fixture
+def runs_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(plans, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(runner, "RUNS", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def write_scores(run, **scores):
+    for step in run.exports:
+        run.score_file(step).parent.mkdir(parents=True, exist_ok=True)
+        start = dict(good=0.4, grades=[1, 0, 0, 0, 3])
+        run.score_file(step).write_text(json.dumps(dict(start=start, model=scores)))
+
+
+# ---- Plans ----
+def test_the_lists_of_an_entry_are_crossed():
+    runs = plans.runs_of(SPO)
+    names = [run.folder.relative_to(plans.RUNS).as_posix() for run in runs]
+    assert names[:3] == [f"spo/alpha=0,seed={seed}" for seed in (0, 1, 2)]  # 0.2 is the recipe's
+    assert names[3:] == [f"spo/alpha=0,beta=0.4,seed={seed}" for seed in (0, 1, 2)]
+    assert [run.steps for run in runs] == [256] * 6 and list(runs[0].exports) == [256]
+    assert runs[3].settings["learning_rate"] == 6e-4 and runs[3].settings["model"] == "toy/sft"
+
+
+def test_the_same_settings_are_the_same_run():
+    assert plans.make_run("spo", dict(beta=0.2, seed=1)) == plans.make_run("spo", dict(seed=1))
+    assert plans.make_run("spo", dict(beta=0.3)) != plans.make_run("spo", {})
+    alpha, gamma = (set(plans.plan(name)) for name in ("alpha", "gamma"))
+    assert len(alpha & gamma) == 3  # alpha 0.25 and gamma 0.2, which are the recipe's
+
+
+def test_a_sweep_is_read_from_the_command_line(capsys):
+    runs = plans.sweep("alphapo alpha=-2,0.25 seeds=0,1".split())
+    assert [(run.settings["alpha"], run.settings["seed"]) for run in runs] == [
+        (-2, 0), (-2, 1), (0.25, 0), (0.25, 1)
+    ]  # fmt: skip
+    for words, error in (
+        ("alphapo alfa=1", "alphapo has no setting alfa"),
+        ("alphapo alpha", "sweep alphapo alpha: settings are name=value,value"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            plans.sweep(words.split())
+        assert end.value.code == 2 and error in capsys.readouterr().err
+
+
+def test_the_best_of_a_grid_is_trained_in_full(runs_folder):
+    grid = plans.grid("DPO")
+    assert len(grid) == 4 and {run.steps for run in grid} == {128}
+    assert {run.settings["seed"] for run in grid} == {100}
+    for place, run in enumerate(grid):
+        write_scores(run, good=[0.5, 0.6, 0.7, 0.65][place])
+    runs = plans.chosen("DPO")
+    best = dict(grid[2].changes)
+    assert [run.settings["seed"] for run in runs] == [0, 1, 2]
+    assert all(run.settings["beta"] == best.get("beta", 1.0) for run in runs)
+    assert all(run.settings["learning_rate"] == grid[2].settings["learning_rate"] for run in runs)
+    assert all(run.steps == 256 for run in runs)
+
+
+def test_each_method_has_the_same_number_of_settings_to_choose_from():
+    assert {len(plans.grid(method)) for method in plans.PLANS["methods"]} == {4}
+
+
+def test_what_is_there_is_not_run_again(runs_folder, monkeypatch, capsys):
+    runs = plans.runs_of(SPO)
+    trained, scored = [], []
+    monkeypatch.setattr(runner, "train", trained.append)
+    monkeypatch.setattr(runner, "score", scored.extend)
+    for run in runs[:2]:  # the first is scored, too
+        run.folder.mkdir(parents=True)
+        (run.folder / "config.json").touch()
+    write_scores(runs[0], good=0.5)
+    runner.finish(runs + runs, at_once=1)
+    assert trained == runs[2:] and sorted(scored, key=runs.index) == runs[1:]
+    assert capsys.readouterr().out.startswith("6 runs: 4 to train, 5 models to score, about ")
+
+
+# ---- What is drawn ----
+def test_margins_by_hand(runs_folder):
+    """Two pairs: log-ratios 2 and -1 against 1 and 1, means -1 and -2 against -3 and -1."""
+    values = dict(
+        policy=np.array([[-4.0, -9.0], [-8.0, -2.0]], dtype=np.float32),
+        reference=np.array([[-6.0, -8.0], [-9.0, -3.0]], dtype=np.float32),
+        lengths=np.array([[4, 3], [4, 2]]),
+    )
+    for script, knobs, expected in (
+        ("dpo", {}, [2 + 1, 1 - 1]),
+        ("stapo", {}, [2 + 1, 1 - 1]),  # the recipe's contrast is dpo
+        ("stapo", dict(contrast="simpo"), [-1 + 3, -2 + 1]),
+        ("alphapo", {}, [-1 + 3, -2 + 1]),
+    ):
+        run = plans.make_run(script, knobs)
+        (run.folder / "eval").mkdir(parents=True)
+        save_file(values, run.folder / "eval/step-000128.safetensors")
+        assert figures.margins(run, 128).tolist() == expected
+
+
+def write_run(run, chosen, rejected, good):
+    """A folder as a finished run leaves it: two held-out pairs, which move in a line to log-ratios
+    `chosen` and `rejected`, from log-probs of -8 and -9 nats over 4 tokens."""
+    (run.folder / "eval").mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.json").touch()
+    lines, start = [], np.array([[-8.0, -9.0]] * 2, dtype=np.float32)
+    for step in range(0, run.steps + 1, run.settings["eval_every"]):
+        moved = np.array([chosen, rejected]) * step / run.steps
+        values = dict(policy=(start + moved).astype(np.float32), reference=start)
+        values |= dict(lengths=np.full((2, 2), 4), entropy=np.ones((2, 2), dtype=np.float32))
+        save_file(values, run.folder / f"eval/step-{step:06d}.safetensors")
+        line = {"step": step, "eval/loss": 1.0}
+        for place, side in enumerate(("chosen", "rejected")):
+            line[f"eval/logratios/{side}"] = moved[place]
+            line[f"eval/logps/{side}_mean"] = (start[0, place] + moved[place]) / 4
+        lines.append(json.dumps(line))
+    (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    scores = dict(good=good, gain=good - 0.4, gain_se=0.02, distinct=0.99, entropy=1.1, kl=2.0)
+    write_scores(run, **scores, length=9.0, grades=[0, 1, 2, 3, 4])
+
+
+@pytest.fixture
+def made_up(runs_folder, tmp_path, monkeypatch):
+    """Runs of all plans, and the folder that the page is written to."""
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    shutil.copy(ROOT / "papers/on_policy.json", tmp_path)
+    for name in plans.PLANS["plans"]:
+        for run in plans.plan(name):
+            write_run(run, 0.5, -3.0, 0.6 + 0.01 * run.settings["seed"])
+    for method in plans.PLANS["methods"]:
+        for run in plans.grid(method):
+            write_scores(run, good=0.5)
+        for run in plans.chosen(method):
+            write_run(run, 0.5, -3.0, 0.7 + 0.01 * run.settings["seed"])
+    names = ["SFT", *(re.sub("[^A-Za-z0-9]+", "-", name) for name in plans.PLANS["methods"])]
+    for seed in range(3):
+        rates = {a: {b: dict(win_rate=60.0 + seed) for b in names if b != a} for a in names}
+        (runs_folder / f"judge/seed-{seed}").mkdir(parents=True)
+        report = runs_folder / f"judge/seed-{seed}/report.json"
+        report.write_text(json.dumps(dict(matrix=rates)))
+    return tmp_path
+
+
+def test_the_page_has_the_numbers_of_the_runs(made_up):
+    figures.draw([*plans.PLANS["plans"], "methods"], complete=True)
+    page = (made_up / "results.md").read_text()
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in page.splitlines() if row]
+    (sppo,) = (row for row in rows if row[:1] == ["SPPO"] and len(row) == 9)
+    assert sppo[2:] == [
+        "71.0 (70.0 to 72.0)", "+31.0 ± 2.0", "99", "1.10 (1.10 to 1.10)", "2.00 (2.00 to 2.00)",
+        "9.00 (9.00 to 9.00)", "+0.5, -3.0",
+    ]  # fmt: skip
+    # beta 0.2, alpha 0.4: the chosen log-ratio is to end at 1/0.2 - 1/0.4, the rejected at -1/0.4
+    (target,) = (row for row in rows if row[:2] == ["5", "alpha 0.4"])
+    assert target[2:] == ["+2.5", "-2.5", *(f"{x} ({x} to {x})" for x in (0.5, -3.0, 3.5))]
+    (one_term,) = (row for row in rows if row[:2] == ["5", "one term"])
+    assert one_term[2:4] == ["", ""]
+    # Z after training: means (-8 + 0.5) / 4 and (-9 - 3) / 4 apart, below the margins 1.6 and 2
+    (margins,) = (row for row in rows if row[:2] == ["1.6", "2"])
+    assert margins[-2:] == ["1.12", "0"]  # 4.5 / 4
+    assert any(row == ["SPO against DPO", "61.0 (60.0 to 62.0)", "56.5", "53.73"] for row in rows)
+    pictures = re.findall(r"\]\((figures/\w+\.png)\)", page)
+    assert len(pictures) == 11 and all(
+        (made_up / file).stat().st_size > 10_000 for file in pictures
+    )
+    results = json.loads((made_up / "results.json").read_text())
+    assert len(results) > 150 and all(result["start"]["good"] == 0.4 for result in results)
+    assert all(result["log_ratios"] == [0.5, -3.0] for result in results)
+
+
+def test_a_figure_says_its_question_and_its_place():
+    for needed, function, _ in figures.SECTIONS.values():
+        assert set(needed) <= {*plans.PLANS["plans"], "methods"}
+        assert "?" in function.__doc__, function.__name__
+        assert re.search(
+            r"(SPO( papers)?|StaPO|AlphaPO),\s.*(Fig|Table|Section)", function.__doc__, re.S
+        )
+
+
+def test_the_page_of_the_repository_was_written_by_the_command():
+    """Its table of methods is that of results.json."""
+    page = (ROOT / "papers/results.md").read_text()
+    for title, (_, function, _) in figures.SECTIONS.items():
+        assert f"## {title}\n\n{' '.join(function.__doc__.split())}\n" in page
+    assert all(
+        (ROOT / "papers" / file).exists() for file in re.findall(r"\]\((figures/.+?)\)", page)
+    )
+
+
+# ---- Real runs ----
+def test_a_sweep_ends_where_the_losses_say():
+    """SPO's margin comes near its target of 1/beta, 2.5 nats, and stays below 5 nats, where beta is
+    half as large; a second start trains nothing and draws the same."""
+    command = "papers/run.py sweep spo alpha=0 beta=0.2,0.4 seeds=7 max_steps=48 export_every=48"
+    for says in ("2 runs: 2 to train, 2 models to score, about ", "2 runs: 0 to train, 0 models"):
+        done = subprocess.run(
+            [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(says)
+    wide, narrow = plans.sweep(command.split()[2:])
+    margins = [figures.margins(run, 48).mean() for run in (wide, narrow)]
+    assert 2.0 < margins[1] < 2.5 < margins[0] < 5.0
+    scores = [figures.score(run, "good") for run in (wide, narrow)]
+    assert all(score > 50 for score in scores), scores
+    for beta, good in zip((0.2, 0.4), scores, strict=True):
+        assert f"| {beta} | {good:.2f} | " in done.stdout
+    for run in (wide, narrow):
+        shutil.rmtree(run.folder)
