@@ -112,10 +112,13 @@ def refuse_unsupported(model, config, max_length):
     first = min([limit, *(x.get("original_max_position_embeddings", limit) for x in varying)])
     tables = [x.num_embeddings for x in model.modules() if isinstance(x, torch.nn.Embedding)]
     learned = any(limit <= size <= limit + 8 for size in tables[1:])  # the first is the tokens'
+    # Transformers clears Youtu's padding row on loading, although it is trained, as an output.
+    cleared = model.config.model_type == "youtu" and model.config.pad_token_id is not None
     lower = f"--max_length {max_length} is above {first if varying else limit} tokens,"
     reasons = {
         "it is multimodal": config.get_text_config() is not config,
         "it is quantized": getattr(config, "quantization_config", None),
+        "an export loses its padding token: set pad_token_id null in its config.json": cleared,
         f"{lower} where positions depend on other rows": varying and max_length > first,
         f"{lower} all that it has positions for": learned and max_length > limit,
     }

@@ -440,6 +440,7 @@ SETTINGS = {
     },
     "xlm": dict(causal=True),
     "xmod": dict(default_language="en_XX"),
+    "youtu": {"": dict(pad_token_id=None), "padding": {}},
     "zamba": dict(
         attention_hidden_size=64,
         attention_head_dim=16,

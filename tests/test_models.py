@@ -93,6 +93,7 @@ REFUSED = {
     "OPT": (dict(ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=300), "all that it"),
     "Gemma4Unified": (dict(text_config=TEXT), "it is multimodal"),
     "Gemma3Text": (WINDOW | dict(use_bidirectional_attention=True), "it is not causal"),
+    "Youtu": (MLA | dict(num_key_value_heads=4), "set pad_token_id null"),
 }
 
 
@@ -213,23 +214,24 @@ def test_weights_come_in_as_float32_and_go_out_as_they_were(kind, tmp_path):
 
 
 MOE = dict(moe_intermediate_size=16, num_key_value_heads=4)
-WITH_BUFFERS = {  # that are learned elsewhere, and stand in the model's files
+EXPORTED = {  # mostly with buffers that are learned elsewhere, and stand in the model's files
     "Apertus": dict(head_dim=8),
     "DeepseekV3": MOE
     | MLA
     | dict(n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1)
     | dict(first_k_dense_replace=0),
+    "Youtu": MLA | dict(num_key_value_heads=4, pad_token_id=None),  # without one, no row is cleared
     "Ernie4_5_Moe": MOE | dict(moe_num_experts=4, moe_k=2, moe_layer_start_index=0),
 }
 
 
-@pytest.mark.parametrize("name", WITH_BUFFERS)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_exports_have_all_tensors_in_their_own_dtypes(name, tmp_path):
     """Apertus keeps constants of its activation as buffers, a router its bias; some of it stays in
     float32 in a bfloat16 model, as the choice of experts depends on it."""
     folder = tmp_path / "model"
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(config_of(name, **WITH_BUFFERS[name]))
+    network = AutoModelForCausalLM.from_config(config_of(name, **EXPORTED[name]))
     network.to(torch.bfloat16).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
