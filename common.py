@@ -458,13 +458,13 @@ def check_model(model, train, held_out, args, run):
     for split in [train, held_out] if held_out else [train]:
         if split.largest_id >= vocabulary:
             lacks = f"token {split.largest_id} of {split.source}: resize its embedding"
-            fail(f"--model {args.model} has {vocabulary} tokens and lacks {lacks}")
+            fail(f"--model {args.model} has {vocabulary} tokens and lacks {lacks}", shared=True)
     name, ways = type(model.hf_model).__name__, ["packed", "padded"]
     limit = 5e-2 if run.compute_dtype == torch.bfloat16 else 1e-4  # nats a token, on average
     order = train.tokens.argsort()
     batch = data.Batch(train, order[[0, len(order) // 2, -1]], 0, run.device)
     ways = ways[ways.index(model.way) :]
-    with user_errors(f"--model {args.model}: {name} cannot be trained here"):
+    with user_errors(f"--model {args.model}: {name} cannot be trained here", shared=True):
         model.use("plain")
         plain, _ = model(batch)
         if not plain.isfinite().all():
@@ -477,10 +477,10 @@ def check_model(model, train, held_out, args, run):
         for way in ways:
             model.use(way)
             try:
-                difference = (plain - model(batch)[0]).abs().sum() / batch.lengths.sum()
+                difference = ((plain - model(batch)[0]).abs().sum() / batch.lengths.sum()).item()
             except ValueError:  # packed_attention's
                 difference = math.inf
-            if difference <= limit:
+            if from_rank_zero(difference) <= limit:  # all go the same way
                 break
         else:
             raise ValueError(f"{difference:.1e} nats a token off from transformers' log-probs")
@@ -651,7 +651,7 @@ def compute_reference(model, split, rows, values, args, run):
     bad = rows[(~values["logps"][rows].isfinite()).any(1).numpy()]
     if len(bad):
         where = f"rows {split.file_rows[bad].tolist()} of {split.source}"
-        fail(f"--model {args.model}: its log-probs are not finite in {where}")
+        fail(f"--model {args.model}: its log-probs are not finite in {where}", shared=True)
     if entropy:
         values["entropies"][rows] = gather_rows(split, members, entropies, run)[rows]
 
@@ -867,9 +867,10 @@ def load_checkpoint(model, optimizer, train, num_steps, args, run):
     folder, state = newest
     step = state["step"]
     if [state["rows"], state["start"]] != [train.fingerprint, train.start_id]:
-        fail(f"--resume: the training rows or the start model are not those of {folder}")
+        fail(f"--resume: the rows or the start model are not those of {folder}", shared=True)
     if step > num_steps:
-        fail(f"--resume: {folder} is past the last step, {num_steps}: --max_steps {step} or more")
+        problem = f"{folder} is past the last step, {num_steps}: --max_steps {step} or more"
+        fail(f"--resume: {problem}", shared=True)
     reader = dcp.HuggingFaceStorageReader(str(folder))
     dcp.load(training_state(model, optimizer), storage_reader=reader)
     for moments in optimizer.state.values():
@@ -881,7 +882,7 @@ def load_checkpoint(model, optimizer, train, num_steps, args, run):
 def exit_if_finished(num_steps, args, run):
     """Under `--resume`, ends the program where output_dir already has a model of so many steps."""
     has_model = args.resume and (run.output_dir / "config.json").is_file()
-    with user_errors(run.output_dir / "metrics.jsonl"):
+    with user_errors(run.output_dir / "metrics.jsonl", shared=True):
         log = files.read_json_lines(run.output_dir / "metrics.jsonl") if has_model else []
     step = from_rank_zero(log[-1]["step"] if log else -1)
     if step >= num_steps:

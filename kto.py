@@ -128,8 +128,7 @@ def mismatch(split, args):
     """A split of the same prompts, each with the completion of its partner, cut to max_length."""
     prompts = [hash(tuple(prompt)) for prompt in split.rows["prompt"]]
     if len(set(prompts)) == 1:
-        need = "all rows have the same prompt, but z0 needs completions of another"
-        common.fail(f"{split.source}: {need}")
+        common.fail(f"{split.source}: all rows have the same prompt, z0 needs several", shared=True)
     partner = partners(prompts, args.seed)
 
     def swap(row, i):

@@ -10,17 +10,18 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 
 
-def fail(message):
-    """Ends the program over an error that its user can fix: one line on stderr, exit code 2."""
-    # Before init_process_group all find the same error and rank 0 prints it; later, each its own.
-    if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
+def fail(message, shared=False):
+    """Ends the program over an error that its user can fix: one line on stderr, exit code 2. One
+    that is `shared`, as all are before init_process_group, is found by all: rank 0 prints it."""
+    if (dist.is_initialized() and not shared) or os.environ.get("RANK", "0") == "0":
         print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 @contextlib.contextmanager
-def user_errors(context):
-    """Turns any exception of the block into `fail`: for code that reads what the user has named."""
+def user_errors(context, shared=False):
+    """Turns any exception of the block into `fail`: for code that reads what the user has named. A
+    block that all run alike is `shared`; yet a RuntimeError may be one's own: memory, network."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -30,7 +31,7 @@ def user_errors(context):
             raise
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         first_line = str(error).strip().partition("\n")[0]
-        fail(f"{context}: {kind}{first_line}")
+        fail(f"{context}: {kind}{first_line}", shared and not isinstance(error, RuntimeError))
 
 
 def print0(message):

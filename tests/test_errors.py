@@ -19,6 +19,7 @@ import ipo
 import sft
 import spo
 import stapo
+import terminal
 
 
 def test_errors_of_use_are_one_line(world, tmp_path, capsys, monkeypatch):
@@ -139,6 +140,15 @@ def test_an_error_of_use_is_said_once_by_several_processes(world, tmp_path):
     )
     assert done.returncode != 0
     assert sum(line.startswith("error: --dataset") for line in done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind, said", [(ValueError, 0), (TypeError, 0), (RuntimeError, 1)])
+def test_rank_0_says_what_all_find_and_each_what_may_be_its_own(kind, said, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(terminal.dist, "is_initialized", lambda: True)
+    with pytest.raises(SystemExit), terminal.user_errors("--model", shared=True):
+        raise kind("can't allocate memory")
+    assert capsys.readouterr().err.count("error: --model") == said
 
 
 def test_a_crash_of_one_process_ends_all_with_its_message(world, tmp_path):

@@ -120,6 +120,10 @@ def test_log_probs_that_differ_are_refused(tmp_path, capsys, monkeypatch):
         scaled = lambda model, batch, hidden=hidden: 1.01 * hidden(model, batch)  # noqa: E731
         monkeypatch.setattr(common.LogprobModel, name, scaled)
     assert_refused(capsys, lambda: settle(folder, data), "off from transformers'", str(folder))
+    monkeypatch.setenv("RANK", "1")  # torchrun's other processes find the same, and are silent
+    with pytest.raises(SystemExit):
+        settle(folder, data)
+    assert "error" not in capsys.readouterr().err
 
 
 def test_a_window_that_packing_loses_is_padded(tmp_path, monkeypatch):
