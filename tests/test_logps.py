@@ -20,6 +20,7 @@ from padded import (
     table,
 )
 from rows import write_lines
+from torch.distributed.tensor import DTensor
 
 import common
 import sft
@@ -200,3 +201,19 @@ def test_token_logps_in_float64(kept_bytes, softcap, monkeypatch):
     if kept_bytes:
         with pytest.raises(RuntimeError, match="inplace"):
             torch.autograd.grad(found @ weights, inputs)
+
+
+def test_the_head_is_whole_before_its_logits_are_taken_in_slices(tmp_path, monkeypatch):
+    """FSDP has gathered it, once: a sharded one would be gathered again for each slice."""
+    start = settle(tiny.model(tmp_path / "model"), tiny.pairs(tmp_path / "pairs.jsonl", 4))
+    token_logps, heads = common.token_logps, []
+
+    def recorded(hidden, weight, *rest):
+        heads.append(weight)
+        return token_logps(hidden, weight, *rest)
+
+    monkeypatch.setattr(common, "token_logps", recorded)
+    packed(start)
+    (head,) = heads
+    assert not isinstance(head, DTensor) and head.shape == (400, 32)
+    assert isinstance(start.model.hf_model.lm_head.weight, DTensor)  # sharded again

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from padded import assert_equals_padded, encoded_rows, packed, settle
+from padded import assert_equals_padded, encoded_rows, gradients, packed, settle
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -215,6 +215,24 @@ def test_weights_come_in_as_float32_and_go_out_as_they_were(kind, tmp_path):
     for name in files:
         assert exported[name].dtype == torch.bfloat16, name
         assert torch.equal(exported[name], files[name]), name
+
+
+def test_the_memory_that_is_printed_is_that_of_weights_gradients_and_moments(tmp_path, capsys):
+    folder, data = tmp_path / "model", tiny.pairs(tmp_path / "pairs.jsonl", 2)
+    config = config_of("Llama", intermediate_size=8192)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    start = settle(folder, data)
+    attention, mlp, norms = 32 * (32 + 16 + 16 + 32), 3 * 32 * 8192, 2 * 32
+    size = 2 * 400 * 32 + 2 * (attention + mlp + norms) + 32  # embedding and head, layers, norm
+    out = capsys.readouterr().out
+    assert f"{size:,} parameters, computing in torch.float32 on cpu" in out
+    assert "memory per process: 0.03 GB" in out  # 16 bytes each: 25.7 MB
+    optimizer = torch.optim.AdamW(start.model.parameters())
+    common.init_adamw(optimizer)
+    state = [x for moments in optimizer.state.values() for x in moments.values() if x.dim()]
+    tensors = [*start.model.parameters(), *gradients(start).values(), *state]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == 16 * size
 
 
 MOE = dict(moe_intermediate_size=16, num_key_value_heads=4)

@@ -390,6 +390,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(world, tmp_path):
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_update(world, tmp_path, monkeypatch):
+    """As of an attention whose backward pass gives NaN, while all losses are finite."""
+    attend, out = common.response_attention, tmp_path / "run"
+
+    def with_broken_backward(*args):
+        result = attend(*args)
+        if result.requires_grad:
+            result.register_hook(lambda gradient: gradient * torch.nan)
+        return result
+
+    monkeypatch.setattr(common, "response_attention", with_broken_backward)
+    with pytest.raises(SystemExit) as end:
+        dpo.main(dpo.Args(**settings(world, out)))
+    assert str(end.value) == "stopped in step 1: gradient norm nan, losses are finite"
+    assert metrics(out) == [] and not (out / "checkpoints").exists()
+
+
 def test_config_yaml_holds_every_setting_but_resume(uninterrupted):
     saved = yaml.safe_load((uninterrupted / "config.yaml").read_text())
     assert saved.keys() == vars(spo.Args()).keys() - {"resume", "overwrite"}
