@@ -30,6 +30,12 @@ def test_a_baseline_runs_as_a_module_on_two_processes(world, tmp_path):
     assert "`baselines/sppo.py`" in card and "\nbeta: 0.05\n" in card
 
 
+def test_by_its_path_a_baseline_says_how_to_run_it():
+    done = run("baselines/cpo.py", {})
+    line = "error: from the root of the repository: python -m baselines.cpo\n"
+    assert done.returncode == 2 and done.stderr == line
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_baseline_ends_with_the_same_bits(world, tmp_path, monkeypatch, name):
     script = importlib.import_module(f"baselines.{name}")
