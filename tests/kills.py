@@ -182,7 +182,7 @@ def server():
     return context
 
 
-def run_forked(script, options, processes, log):
+def run_forked(script, options, processes, log, rendezvous=("--standalone",)):
     """A start in a fork: as python or torchrun do it, but for the curves, which take seconds."""
     os.setsid()
     os.environ["TQDM_MININTERVAL"] = "0"
@@ -192,7 +192,7 @@ def run_forked(script, options, processes, log):
     sys.stdout.reconfigure(line_buffering=True)
     curves = importlib.import_module("curves")
     curves.draw = lambda folders, path: path.touch()
-    start = command(f"{script}.py", options, processes)
+    start = command(f"{script}.py", options, processes, rendezvous)
     if not processes:
         run_main(*start[1:])
         return

@@ -34,8 +34,8 @@ def metrics(folder):
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def command(script, options, processes=0):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def command(script, options, processes=0, rendezvous=("--standalone",)):
+    torchrun = ["-m", "torch.distributed.run", *rendezvous, "--nproc_per_node", str(processes)]
     start = [sys.executable, *(torchrun if processes else [])]
     is_file = str(script).endswith(".py")
     start += [str(ROOT / script)] if is_file else ["-m", script]  # -m: from the root

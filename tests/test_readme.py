@@ -64,6 +64,7 @@ def test_the_first_screen_has_the_commands():
 def test_settings_that_are_named_exist():
     fields = {field.name for name in SCRIPTS for field in dataclasses.fields(args_of(name))}
     others = {"config", "help", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "dist"}
+    others |= {"max_restarts", "nodes", "ntasks", "gpus", "exclusive", "requeue"}  # and Slurm's
     named = set(re.findall(r"--(\w+)", README.replace(ELSEWHERE, "") + CHOOSING))
     assert named <= fields | others, named - fields - others
 
