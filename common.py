@@ -752,7 +752,7 @@ class Metrics:
 def stop_unless_finite(grad_norm, metrics, train, step):
     """Ends the run before an update by a gradient or a loss that is not finite."""
     rows = np.concatenate([rows for rows, *_ in metrics.batches])
-    finite = torch.cat([losses.isfinite().cpu() for _, losses, *_ in metrics.batches])
+    finite = torch.cat([losses for _, losses, *_ in metrics.batches]).isfinite().cpu()
     if math.isfinite(grad_norm) and finite.all():
         return
     bad = train.file_rows[rows[~finite.numpy()]].tolist()

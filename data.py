@@ -389,21 +389,23 @@ class Batch:
     def __init__(self, split, rows, step_tokens, device):
         self.rows = rows  # (B,) row numbers in the split
         self.step_tokens = step_tokens  # scored, of the step or the split, on all processes
-        self.labels = split.labels[rows].to(device)  # (B,) bool; all true for pairs and chats
-        self.lengths = split.lengths[rows].flatten().to(device)  # (R,) scored tokens
-        self.ref_logps = None  # (R,) the reference's log-probs
-        self.ref_entropies = None  # (R,)
-        if split.ref is not None:
-            self.ref_logps = split.ref[rows].flatten().to(device)
-        if split.ref_entropies is not None:
-            self.ref_entropies = split.ref_entropies[rows].flatten().to(device)
-        self.pack([split.rows[int(row)] for row in rows], device)
+        self.labels = split.labels[rows]  # (B,) bool; all true for pairs and chats
+        self.lengths = split.lengths[rows].flatten()  # (R,) scored tokens
+        logps, entropies = split.ref, split.ref_entropies
+        self.ref_logps = None if logps is None else logps[rows].flatten()  # (R,) the reference's
+        self.ref_entropies = None if entropies is None else entropies[rows].flatten()  # (R,)
+        self.pack([split.rows[int(row)] for row in rows])
+        if device.type == "cuda":
+            # From pinned memory: any other copy waits until the GPU has done all that it was given.
+            for name, value in vars(self).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(self, name, value.pin_memory().to(device, non_blocking=True))
 
     def sequences(self):
         """Token ids of prompt and response, of each response."""
         return self.ids[self.key_index].split(self.key_lengths)
 
-    def pack(self, examples, device):
+    def pack(self, examples):
         """Concatenates the examples. Positions in that sequence of T tokens are called places."""
         ids, positions, key_index, predictors, targets, response_of_token = [], [], [], [], [], []
         query_lengths, key_lengths = [], []
@@ -428,10 +430,10 @@ class Batch:
                 query_lengths.append(len(places) + (len(prompt_places) if i == 0 else 0))
 
         def tensor(parts):
-            return torch.from_numpy(np.concatenate(parts)).to(device)
+            return torch.from_numpy(np.concatenate(parts))
 
         def offsets(lengths):
-            return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device)
+            return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
 
         self.ids = tensor(ids)  # (T,)
         self.positions = tensor(positions)  # (T,) each response continues where its prompt ends

@@ -368,6 +368,27 @@ def test_resume(form, work):
     assert first.lines[-1]["loss"] < first.lines[0]["loss"]
 
 
+def test_no_micro_batch_waits_for_the_gpu(form, work, monkeypatch):
+    """Packing, forward, loss, backward and metrics only give it work, so that it computes while the
+    next batch is packed. The first step sets things up, and may wait."""
+    if form.device == "cpu":
+        pytest.skip("a CPU has nobody to wait for")
+    micro_batches, steps = common.micro_batches, []
+
+    def strict(train, step, *rest):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        yield from micro_batches(train, step, *rest)
+        torch.cuda.set_sync_debug_mode("default")
+        steps.append(step)
+
+    monkeypatch.setattr(common, "micro_batches", strict)
+    try:
+        run(dpo, form, work, "short", "no-waits", max_steps=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps == [0, 1]
+
+
 def test_gradient_checkpointing(form, work):
     """It takes less memory and moves the first gradient norm by NOISE at most. The model is that of
     bench/gpu.py, whose first log-ratios stay within the drift, too."""

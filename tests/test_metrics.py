@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import common
+import kto
 
 # Three pairs in two micro-batches; (chosen, rejected) of each.
 LENGTHS = [(3, 5), (2, 3), (4, 2)]
@@ -48,3 +50,17 @@ def test_metrics_of_pairs(reference, monkeypatch):
     found = metrics.reduce("eval/")
     assert found.pop("eval/tokens_per_second") > 0
     assert found == pytest.approx({f"eval/{name}": value for name, value in expected.items()})
+
+
+def test_metrics_stay_on_the_device_until_the_steps_end():
+    """Fake tensors have no values, so that it raises where one is asked for: that is where the host
+    would wait for a GPU."""
+    metrics = common.Metrics(SimpleNamespace(tokens_computed=0), SimpleNamespace(world_size=1))
+    with FakeTensorMode():
+        logps, lengths, losses = torch.zeros(4), torch.ones(4), torch.zeros(2)
+        batch = SimpleNamespace(rows=[0, 1], lengths=lengths, ref_logps=torch.zeros(4))
+        metrics.add_pairs(batch, logps, losses, losses, losses, entropies=logps)
+        batch.labels = torch.ones(4, dtype=torch.bool)
+        kto.add_rows(metrics, batch, logps, logps, logps, torch.zeros(()))
+        with pytest.raises(DataDependentOutputException):
+            metrics.sums["loss"].tolist()
