@@ -226,7 +226,7 @@ def histograms():
     rows = []
     for line, (pairs, runs) in enumerate(histogram_runs().items()):
         for axis, one in zip(axes[line], runs, strict=True):
-            steps = [0, *one.exports[::2]]  # before training, after epochs 1, 3 and 5
+            steps = [0, *list(one.models)[::2]]  # before training, after epochs 1, 3 and 5
             every = [margins(one, step) for step in steps]
             edges = np.linspace(*np.quantile(np.concatenate(every), [0.002, 0.998]), 41)
             for number, (step, z) in enumerate(zip(steps, every, strict=True)):
@@ -284,7 +284,7 @@ def epochs():
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.8))
     rows = []
     for number, (name, runs) in enumerate(by_method(plans.plan("epochs")).items()):
-        steps = runs[0].exports
+        steps = list(runs[0].models)
         for axis, key in zip(axes, ("good", "entropy", "kl"), strict=True):
             values = np.array([[score(one, key, step) for step in steps] for one in runs])
             lines = values.mean(0), values.min(0), values.max(0)
@@ -306,7 +306,7 @@ def margins_table():
     groups = by(plans.plan("margins"), "margin_left", "margin_right")
     rows = []
     for (left, right), runs in sorted(groups.items()):
-        steps = runs[0].exports
+        steps = list(runs[0].models)
         z = np.concatenate([margins(one, one.steps) for one in runs])
         inside = 100 * np.mean((z > left) & (z < right))
         goods = [spread([score(one, "good", step) for one in runs]) for step in steps[::2]]
@@ -362,21 +362,20 @@ def alpha_boxes():
 
 
 def sweeps():
-    """Which alpha, gamma and beta give good answers, how long, how far from the start? AlphaPO,
-    Figures 3 (left and middle), 8 and 9; StaPO, Appendix B."""
-    figure, axes = plt.subplots(3, 3, figsize=(9, 7.6), sharex="col")
-    names = dict(alpha="alpha", gamma="gamma_beta_ratio", beta="beta")
+    """Which alpha and gamma give good answers, how long ones, how far from the start? AlphaPO,
+    Figures 3 (left and middle), 8 and 9."""
+    figure, axes = plt.subplots(3, 2, figsize=(8, 7.4), sharex="col")
+    names = dict(alpha="alpha", gamma="gamma_beta_ratio")
     rows = []
     for column, (plan, setting) in zip(axes.T, names.items(), strict=True):
         groups = by(plans.plan(plan), setting)
         for axis, key in zip(column, LABELS, strict=True):
             draw_scores(axis, groups, key)
-        column[0].set_title("SimPO" if plan == "beta" else "AlphaPO")
         column[-1].set_xlabel(setting)
         for value, runs in groups.items():
             cells = [spread([score(one, key) for one in runs]) for key in LABELS]
             rows.append([setting, f"{value:g}", *cells])
-    picture = save(figure, "sweeps", "Quality, length and KL by alpha, gamma and beta")
+    picture = save(figure, "sweeps", "Quality, length and KL by alpha and gamma")
     return f"{picture}\n\n{table(['setting', '', *LABELS.values()], rows)}"
 
 
@@ -386,7 +385,7 @@ def kl_and_quality():
     figure, axis = plt.subplots(figsize=(6, 4))
     rows = []
     for number, (name, runs) in enumerate(by_method(plans.plan("epochs")).items()):
-        points = [[(x.scores(s)["kl"], score(x, "good", s)) for s in x.exports] for x in runs]
+        points = [[(x.scores(s)["kl"], score(x, "good", s)) for s in x.models] for x in runs]
         points = np.mean(points, axis=0)  # (epochs, 2)
         axis.plot(*points.T, label=name, ms=5, lw=1.2, **look(number))
         rows.append([name, *(f"{kl:.1f}: {share:.1f}" for kl, share in points)])
@@ -477,7 +476,7 @@ SECTIONS = {  # title: the plans it needs, the function that draws it, what is t
     "StaPO, Table 2": (["margins"], margins_table, ""),
     "AlphaPO, Figures 2 and 7": (["alpha"], alpha_curves, ""),
     "AlphaPO, Figures 13 to 16": (["alpha"], alpha_boxes, ""),
-    "AlphaPO, Figures 3 and 8, and 9": (["alpha", "gamma", "beta"], sweeps, ""),
+    "AlphaPO, Figures 3 and 8, and 9": (["alpha", "gamma"], sweeps, ""),
     "AlphaPO, Figures 10 and 11": (["epochs"], kl_and_quality, ""),
     "AlphaPO, Figures 3 (right) and 12": (["alpha"], grades, ""),
     "Pairs of the model's own answers": ([], own_pairs, ""),

@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from terminal import fail  # noqa: E402
 
-RUNS = ROOT / "runs/papers"
+RUNS = ROOT / "runs/papers"  # plans.RUNS elsewhere: --quick has a folder of its own
 PLANS = yaml.safe_load((ROOT / "papers/plans.yaml").read_text())
 RECIPE = yaml.safe_load((ROOT / "recipes/toy.yaml").read_text())
 EPOCH = 128  # steps: 2,048 pairs, 16 a step
-EVALUATE = dict(eval_every=64, export_every=2 * EPOCH)  # the recipe's runs have two epochs
+EVALUATE = dict(eval_every=64)
 SEEDS = [0, 1, 2]
 GRID_SEED = 100  # the choice among settings has a seed of its own
 
@@ -26,17 +26,24 @@ GRID_SEED = 100  # the choice among settings has a seed of its own
 @functools.cache
 def usual(script):
     """A script's settings on the toy world: its defaults under those of the recipe."""
-    args = dataclasses.fields(importlib.import_module(script).Args)
+    if not isinstance(RECIPE.get(script), dict):
+        fail(f"recipes/toy.yaml has no script {script}")
+    args = dataclasses.fields(importlib.import_module(module(script)).Args)
     defaults = {field.name: field.default for field in args}
     shared = {key: value for key, value in RECIPE.items() if key in defaults}
-    return defaults | shared | RECIPE[script.split(".")[-1]] | EVALUATE
+    return defaults | shared | RECIPE[script] | EVALUATE
+
+
+def module(script):
+    """spo; baselines.orpo for orpo."""
+    return script if (ROOT / f"{script}.py").exists() else f"baselines.{script}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A training run on the toy world."""
 
-    script: str  # as it is imported: spo, baselines.orpo
+    script: str
     changes: tuple  # (name, value) of what differs from `usual`, by name
 
     @property
@@ -46,17 +53,18 @@ class Run:
     @property
     def folder(self):
         words = [f"{key}={value}" for key, value in self.changes]
-        return RUNS / self.script.split(".")[-1] / (",".join(words) or "usual")
+        return RUNS / self.script / (",".join(words) or "usual")
 
     @property
     def steps(self):
         return self.settings["max_steps"] or EPOCH * self.settings["num_train_epochs"]
 
     @property
-    def exports(self):
-        """The steps whose models are kept and scored."""
-        every = self.settings["export_every"]
-        return range(every, self.steps + 1, every)
+    def models(self):
+        """{step: folder} of the models that are kept and scored; the last one is the run's."""
+        every = self.settings["export_every"] or self.steps
+        kept = {step: f"models/step-{step:06d}" for step in range(every, self.steps, every)}
+        return {step: self.folder / name for step, name in (kept | {self.steps: "."}).items()}
 
     def score_file(self, step):
         return self.folder / f"eval/score-{step:06d}.json"
@@ -89,7 +97,7 @@ def plan(name):
 
 def grid(method):
     """The runs that a method's settings are chosen from."""
-    once = dict(num_train_epochs=1, eval_every=EPOCH, export_every=EPOCH)
+    once = dict(num_train_epochs=1, eval_every=EPOCH)
     return runs_of(once | PLANS["methods"][method] | dict(seeds=GRID_SEED))
 
 
@@ -102,6 +110,8 @@ def chosen(method):
 
 def shorten():
     """Makes --quick's plans of all: the ends of their lists, one seed, half an epoch."""
+    global RUNS
+    RUNS = ROOT / "runs/papers-quick"
     for name, entries in PLANS["plans"].items():
         PLANS["plans"][name] = [shortened(entry) for entry in entries]
     for name, entry in PLANS["methods"].items():
@@ -111,7 +121,7 @@ def shorten():
 def shortened(entry):
     lists = {key: value for key, value in entry.items() if isinstance(value, list)}
     ends = {key: [value[0], value[-1]] for key, value in lists.items()}
-    half = dict(max_steps=EPOCH // 2, export_every=EPOCH // 2, eval_every=EPOCH // 2)
+    half = dict(max_steps=EPOCH // 2, eval_every=EPOCH // 2, export_every=0)
     return entry | ends | half | dict(seeds=[0])
 
 

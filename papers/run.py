@@ -20,17 +20,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import figures
 import plans
-from plans import EVALUATE, ROOT, RUNS, fail
+from plans import ROOT, fail
 from tqdm.auto import tqdm
 
 REQUESTS = 128  # that are answered; for the choice among settings, others
-START_UP, STEP, SCORE = 14, 0.13, 4  # seconds of one core, for the estimate that is printed first
+START_UP, STEP, SCORE = 14, 0.12, 6  # seconds of one core, for the estimate that is printed first
 
 
 def call(log, *words):
     """Runs a Python file of the project, on one thread: small matrices gain nothing by more. Its
     output goes to a file in runs/papers/logs; ends this program where it fails."""
-    log = RUNS / "logs" / f"{log}.txt"
+    log = plans.RUNS / "logs" / f"{log}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, words)]
@@ -45,25 +45,24 @@ def trained(run):
 
 
 def train(run):
-    script = ["-m", run.script] if "." in run.script else [f"{run.script}.py"]
-    options = [f"--{name}={value}" for name, value in (EVALUATE | dict(run.changes)).items()]
-    options += [f"--output_dir={run.folder}", "--resume"]
-    log = f"{run.folder.parent.name},{run.folder.name}"
-    call(log, *script, "--config", "recipes/toy.yaml", *options)
+    settings = plans.EVALUATE | dict(run.changes) | dict(output_dir=run.folder)
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    command = ["-m", plans.module(run.script), "--config", "recipes/toy.yaml", *options, "--resume"]
+    call(f"{run.script},{run.folder.name}", *command)
 
 
 def score(runs):
     """Scores the models of runs of one seed."""
-    models = [(run, step) for run in runs for step in run.exports]
-    folders = [run.folder / f"models/step-{step:06d}" for run, step in models]
+    models = {run.score_file(step): run.models[step] for run in runs for step in run.models}
     seed = runs[0].settings["seed"]
     out = runs[0].score_file(0)
     options = ["--requests", REQUESTS, "--skip", REQUESTS if seed == plans.GRID_SEED else 0]
     options += ["--seed", seed, "--json", out]
-    call(f"score-{runs[0].folder.name}", "toy/score.py", "toy/sft", *folders, *options)
+    log = f"score {runs[0].script},{runs[0].folder.name}"
+    call(log, "toy/score.py", "toy/sft", *models.values(), *options)
     start, *scores = json.loads(out.read_text())
-    for (run, step), model in zip(models, scores, strict=True):
-        run.score_file(step).write_text(json.dumps(dict(start=start, model=model)) + "\n")
+    for file, model in zip(models, scores, strict=True):
+        file.write_text(json.dumps(dict(start=start, model=model)) + "\n")
     out.unlink()
 
 
@@ -72,7 +71,7 @@ def finish(runs, at_once):
     runs = list(dict.fromkeys(runs))  # a run of two plans is one
     todo = [run for run in runs if not trained(run)]
     unscored = [run for run in runs if not run.score_file(run.steps).exists()]
-    models = sum(len(run.exports) for run in unscored)
+    models = sum(len(run.models) for run in unscored)
     seconds = sum(START_UP + STEP * run.steps for run in todo) + SCORE * models
     ahead = f", about {seconds / at_once / 60:.0f} minutes, {at_once} at a time" if models else ""
     print(f"{len(runs)} runs: {len(todo)} to train, {models} models to score{ahead}", flush=True)
@@ -94,7 +93,7 @@ def finish(runs, at_once):
 def judge(models, seed):
     """Win rates of {name: run} and the start against one another, by toy/judge.py."""
     names = [f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}={run.folder}" for name, run in models.items()]
-    options = ["--config", "recipes/toy.yaml", "--output_dir", RUNS / f"judge/seed-{seed}"]
+    options = ["--config", "recipes/toy.yaml", "--output_dir", plans.RUNS / f"judge/seed-{seed}"]
     options += ["--seed", seed, "--models", "SFT=toy/sft", *names]
     call(f"judge-{seed}", "eval_judge.py", *options)
 
