@@ -12,7 +12,7 @@ import math
 import os
 import unicodedata
 from collections import Counter
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import datasets
@@ -293,11 +293,17 @@ COLUMNS = {  # for each encoder the sets of columns that it can read
 
 
 # ---- Micro-batches ----
+@lru_cache(maxsize=1)
+def shuffled(count, epoch, seed):
+    """(count,) row numbers. A function of epoch and seed, so resuming needs only the step."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
 def rows_of_step(train, step, args):
-    """(batch_size,) row numbers. The order is a function of seed and epoch, so resuming needs only
-    the step. Rows that fill no batch are left out, different ones in each epoch."""
+    """(batch_size,) row numbers. Rows that fill no batch are left out, different ones in each
+    epoch."""
     epoch, step_in_epoch = divmod(step, len(train) // args.batch_size)
-    order = np.random.default_rng((args.seed, epoch)).permutation(len(train))
+    order = shuffled(len(train), epoch, args.seed)
     return order[step_in_epoch * args.batch_size :][: args.batch_size]
 
 
@@ -306,8 +312,7 @@ def rows_of_run(train, args):
     are less than an epoch."""
     if not 0 < args.max_steps < len(train) // args.batch_size:
         return np.arange(len(train))
-    steps = [rows_of_step(train, step, args) for step in range(args.max_steps)]
-    return np.sort(np.concatenate(steps))
+    return np.sort(shuffled(len(train), 0, args.seed)[: args.max_steps * args.batch_size])
 
 
 def micro_batches(train, step, args, run):

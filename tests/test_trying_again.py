@@ -230,6 +230,8 @@ def test_rows_of_a_run():
 
     assert rows(0) == rows(4) == rows(9) == list(train)
     assert len(rows(3)) == 15 and rows(3) == sorted(set(rows(3))) and set(rows(2)) < set(rows(3))
+    args = dpo.Args(batch_size=5, max_steps=3)
+    assert rows(3) == sorted(i for step in range(3) for i in data.rows_of_step(train, step, args))
 
 
 def test_a_run_of_another_script_is_named(world, tmp_path, capsys):
