@@ -135,6 +135,7 @@ class Run:
         self.mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
         self.tracker = self.bar = None  # made by the first `log`, and by `progress`
         self.pending = self.signal = 0  # that this process has had, and that all know of
+        self.start = None  # the model's start_fingerprint, from add_reference
 
     def progress(self, first_step, num_steps):
         """The steps that are left, under a bar that `log` keeps up to date. From here on Ctrl-C and
@@ -590,12 +591,12 @@ def add_reference(model, train, held_out, args, run):
     """Sets `ref` and `start_id` of the splits, and `ref_entropies` of the held-out one. Files in
     reference/, beside output_dir, keep them for all runs from the same model and rows, with NaN for
     rows that no run has needed or reached."""
-    start = from_rank_zero(
-        model_files.start_fingerprint(args.model, args.seed) if run.rank == 0 else None
-    )
+    if run.start is None:  # a hash of gigabytes, for all splits
+        own = model_files.start_fingerprint(args.model, args.seed) if run.rank == 0 else None
+        run.start = from_rank_zero(own)
     for split in [train, held_out] if held_out else [train]:
         entropy = split is held_out
-        key = [start, split.fingerprint, run.compute_dtype, run.device.type, "packed", entropy]
+        key = [run.start, split.fingerprint, run.compute_dtype, run.device.type, "packed", entropy]
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
         path = run.output_dir.parent / "reference" / f"{name}.safetensors"
         # Rank 0 reads for all, as another run may be writing the file now.
@@ -611,7 +612,7 @@ def add_reference(model, train, held_out, args, run):
             if run.rank == 0:
                 with files.whole(path, beside=run.output_dir) as unfinished:
                     save_file(values | {"checksum": checksum(values)}, unfinished)
-        split.start_id, split.ref = start, values["logps"]
+        split.start_id, split.ref = run.start, values["logps"]
         split.ref_entropies = values.get("entropies")
         verb = "kept in" if len(missing) else "read from"
         print0(f"reference: log-probs of {len(rows)} rows {verb} {path}")

@@ -213,11 +213,16 @@ def test_training_and_evaluation_use_the_z0_of_their_own_pairs(world, tmp_path):
         assert expected > 0.1 and line[name] == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_evaluation_before_the_first_step_is_what_computing_gives(world, tmp_path):
+def test_the_evaluation_before_the_first_step_is_what_computing_gives(world, tmp_path, monkeypatch):
     """It takes the reference's values. At any later step the same policy is computed; here in other
     micro-batches, hence to float32 rounding, and against transformers alone."""
-    weights = dict(desirable_weight=1.5, undesirable_weight=0.5)
+    weights, hashed = dict(desirable_weight=1.5, undesirable_weight=0.5), []
+    hash_of = common.model_files.start_fingerprint
+    monkeypatch.setattr(
+        common.model_files, "start_fingerprint", lambda *x: hashed.append(x) or hash_of(*x)
+    )
     kto.main(settings(world, tmp_path / "run", **weights, max_steps=1, eval_every=1))
+    assert len(hashed) == 1  # for rows and mismatched pairs
     first, line = metrics(tmp_path / "run")
     assert first.pop("step") == 0 and line["step"] == 1
     assert first["eval/loss"] == pytest.approx((1.5 + 0.5) / 4)  # as many rows of each class
