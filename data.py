@@ -266,6 +266,8 @@ def encode_responses(prompt, completions, tokenizer):
     responses = [ids[size:] for ids in wholes]
     turns = [(turn, tokenizer) for turn in sum(completions, prompt)]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    seams = "".join(prompt[-1]["content"][-1:] + x[0]["content"][:1] for x in completions)
+    plain = prompt[0]["role"] == TEXT
     return dict(
         prompt=prompt_ids[:size],
         responses=responses,
@@ -274,7 +276,8 @@ def encode_responses(prompt, completions, tokenizer):
         notes={
             "with a prompt that ends within a token": size < len(prompt_ids),
             "with control tokens in a message's text": any(has_control_token(*x) for x in turns),
-            PLAIN: bool(tokenizer.chat_template) and prompt[0]["role"] == TEXT,
+            "with no space before the answer": plain and not any(map(str.isspace, seams)),
+            PLAIN: plain and bool(tokenizer.chat_template),
         },
     )
 

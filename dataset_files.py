@@ -3,6 +3,7 @@ What is wrong with a file is a ValueError, which common.py shows as one line."""
 
 import csv
 import glob
+import importlib.util
 import json
 import re
 import sys
@@ -109,6 +110,8 @@ def read_rows(dataset, split, layouts):
 def read_files(files):
     """The rows of files, which `datasets` keeps in a cache of its own."""
     ending = format_of(files[0])
+    if files[0].suffix == ".zst" and not importlib.util.find_spec("zstandard"):
+        raise ValueError("pip install zstandard")
     options = dict(data_files=[glob.escape(str(path)) for path in files], split="train")
     if ending == ".csv":  # text stays text, even if it looks like a number or says "None"
         options |= dict(keep_default_na=False, converters=dict.fromkeys(TEXT_COLUMNS, str))

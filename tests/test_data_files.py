@@ -1,5 +1,6 @@
 """Files of rows: splits, formats, files that cannot be read, parallel processes and the cache."""
 
+import importlib.util
 import json
 import os
 
@@ -134,6 +135,22 @@ def test_corrupt_file_is_an_error_of_one_line(name, content, refusal, tmp_path, 
     (tmp_path / name).write_bytes(content)
     assert name in refusal(common.load_pairs, tmp_path / name)
     assert not caplog.messages  # what a library logs is a line more
+
+
+def test_zst_without_its_package_names_it(refusal, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    said = refusal(common.load_pairs, tmp_path / "rows.jsonl.zst")
+    assert "rows.jsonl.zst: cannot be read: pip install zstandard" in said
+
+
+@pytest.mark.parametrize("write, name", [(write_lines, "rows.jsonl"), (write_csv, "rows.csv")])
+def test_zst_with_its_package(write, name, load, tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    path, compressed = write(tmp_path / name, [TEXT]), tmp_path / f"{name}.zst"
+    compressed.write_bytes(zstandard.compress(path.read_bytes()))
+    rows = [rows_of(load(common.load_pairs, file)) for file in (path, compressed)]
+    assert rows[0] == rows[1]
 
 
 def test_parquet_file_that_was_cut_off_is_an_error(refusal, tmp_path):
