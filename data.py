@@ -264,10 +264,8 @@ def encode_responses(prompt, completions, tokenizer):
     wholes = [ensure_end_token(to_ids(prompt + x, tokenizer), tokenizer) for x in completions]
     size = min(common_prefix(prompt_ids, ids) for ids in wholes)
     responses = [ids[size:] for ids in wholes]
-    turns = [(turn, tokenizer) for turn in sum(completions, prompt)]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-    seams = "".join(prompt[-1]["content"][-1:] + x[0]["content"][:1] for x in completions)
-    plain = prompt[0]["role"] == TEXT
+    turns = [(turn, tokenizer) for turn in sum(completions, prompt)]
     return dict(
         prompt=prompt_ids[:size],
         responses=responses,
@@ -276,8 +274,7 @@ def encode_responses(prompt, completions, tokenizer):
         notes={
             "with a prompt that ends within a token": size < len(prompt_ids),
             "with control tokens in a message's text": any(has_control_token(*x) for x in turns),
-            "with no space before the answer": plain and not any(map(str.isspace, seams)),
-            PLAIN: plain and bool(tokenizer.chat_template),
+            PLAIN: bool(tokenizer.chat_template) and prompt[0]["role"] == TEXT,
         },
     )
 
@@ -298,16 +295,15 @@ COLUMNS = {  # for each encoder the sets of columns that it can read
 # ---- Micro-batches ----
 @lru_cache(maxsize=1)
 def shuffled(count, epoch, seed):
-    """(count,) row numbers. A function of epoch and seed, so resuming needs only the step."""
+    """(count,) row numbers, by epoch and seed alone, so that resuming needs only the step."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def rows_of_step(train, step, args):
-    """(batch_size,) row numbers. Rows that fill no batch are left out, different ones in each
-    epoch."""
+    """(batch_size,) row numbers. Rows that fill no batch are left out, others in each epoch."""
     epoch, step_in_epoch = divmod(step, len(train) // args.batch_size)
-    order = shuffled(len(train), epoch, args.seed)
-    return order[step_in_epoch * args.batch_size :][: args.batch_size]
+    start = step_in_epoch * args.batch_size
+    return shuffled(len(train), epoch, args.seed)[start : start + args.batch_size]
 
 
 def rows_of_run(train, args):
