@@ -21,10 +21,8 @@ kept, with a copy of what each kill left."""
 
 import argparse
 import contextlib
-import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -45,9 +43,8 @@ if __name__ == "__main__":  # before anything reads them; tests have conftest.py
 
 import tiny
 import torch
-from launch import ROOT, command, metrics, settings
+from launch import command, metrics, run_forked, server, settings
 from safetensors.torch import load_file
-from torch.distributed import run as torchrun
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,7 +82,7 @@ def members(token, session):
 
 class Start:
     """A start of a run, followed by what it prints and writes. warm: forks of a server
-    that has imported all take the place of new interpreters, which saves most of the time."""
+    that has imported all (launch.Fork) take the place of new interpreters, which saves time."""
 
     def __init__(self, script, options, processes, folder, warm=False):
         self.out, self.begun, self.seen, self.sign = folder / "run", time.time(), "", ""
@@ -93,18 +90,17 @@ class Start:
         log = folder / f"start-{number}.log"
         log.touch()
         self.token, self.log = f"KILLS_START={log}".encode(), open(log, newline="")
-        workers = processes if processes > 1 else 0
+        start = command(f"{script}.py", options, processes if processes > 1 else 0)
+        own = dict(PYTHONUNBUFFERED="1", KILLS_START=str(log))
+        own["TQDM_MININTERVAL"] = "0"  # every step says where it is
         if warm:
-            start = script, options, workers, log
-            self.process = server().Process(target=run_forked, args=start)
+            how = start[1:], [str(log), str(log)], os.getcwd(), os.environ | own
+            self.process = server().Process(target=run_forked, args=how)
             self.process.start()
         else:
-            os_environ = os.environ | dict(PYTHONUNBUFFERED="1", KILLS_START=str(log))
-            os_environ["TQDM_MININTERVAL"] = "0"  # every step says where it is
             how = dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
             with open(log, "a") as file:
-                start = command(f"{script}.py", options, workers)
-                self.process = subprocess.Popen(start, stdout=file, env=os_environ, **how)
+                self.process = subprocess.Popen(start, stdout=file, env=os.environ | own, **how)
         self.warm = warm
 
     def exit_code(self):
@@ -171,46 +167,6 @@ class Start:
         except FileNotFoundError:
             steps = []
         return int(steps[-1]) if steps else -1
-
-
-def server():
-    """A context whose processes are forked with the imports done."""
-    context = multiprocessing.get_context("forkserver")
-    lazy = ["transformers.models.llama.modeling_llama", "torch.distributed.checkpoint"]
-    context.set_forkserver_preload(["kills", "spo", "kto", "sft", *lazy])
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return context
-
-
-def run_forked(script, options, processes, log, rendezvous=("--standalone",)):
-    """A start in a fork: as python or torchrun do it, but for the curves, which take seconds."""
-    os.setsid()
-    os.environ["TQDM_MININTERVAL"] = "0"
-    file = os.open(log, os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    sys.stdout.reconfigure(line_buffering=True)
-    curves = importlib.import_module("curves")
-    curves.draw = lambda folders, path: path.touch()
-    start = command(f"{script}.py", options, processes, rendezvous)
-    if not processes:
-        run_main(*start[1:])
-        return
-    launch = torchrun.elastic_launch  # torchrun itself, whose workers are forks, too
-
-    def launch_forks(config, entrypoint):
-        config.start_method = "fork"
-        return lambda *arguments: launch(config, run_main)(*arguments[1:])  # the first is "-u"
-
-    torchrun.elastic_launch = launch_forks
-    torchrun.run(torchrun.parse_args(start[3:]))
-
-
-def run_main(*argv):
-    """What `python SCRIPT.py ...` does once all is imported."""
-    sys.argv = list(argv)
-    common, script = (importlib.import_module(name) for name in ("common", Path(argv[0]).stem))
-    script.main(common.parse_args(script.Args))
 
 
 # ---- A run that is killed ----
