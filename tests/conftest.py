@@ -10,6 +10,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 # test_gpu.py sees the GPU where it is asked for alone.
 if set(re.findall(r"\w+\.py\b", " ".join(sys.argv[1:]))) != {"test_gpu.py"}:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is exact on a CPU is what the others check
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # a closed port: no test reaches the hub
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: more threads only wait for one another
 
 import pytest

@@ -1,7 +1,6 @@
 """Errors of use, refusals and recipes: one line, no traceback, nothing spoilt."""
 
 import json
-import os
 import sys
 import time
 import warnings
@@ -111,24 +110,17 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, world):
     (tmp_path / "model/evil.py").write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n"
     )
-    done = run(
-        "dpo.py", settings(world, tmp_path / "out", model=tmp_path / "model"), input="y\n" * 9
-    )
+    options = settings(world, tmp_path / "out", model=tmp_path / "model")
+    done = run("dpo.py", options, new=True, input="y\n" * 9)
     assert done.returncode == 2 and not (tmp_path / "ran").exists()
     assert "Traceback" not in done.stderr
 
 
-def test_without_a_network_the_hub_is_named_within_seconds(tmp_path):
-    """A closed local port stands for the hub: the test needs no network and cannot reach one."""
-    environment = os.environ | {
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "HF_HOME": str(tmp_path / "hf"),
-    }
+def test_without_a_network_the_hub_is_named_within_seconds(tmp_path, capsys, monkeypatch):
+    """conftest.py has a closed local port stand for the hub."""
     started = time.monotonic()
-    done = run("dpo.py", {"output_dir": tmp_path / "run"}, env=environment)
-    assert done.returncode == 2 and time.monotonic() - started < 60
-    assert done.stderr.count("error:") == 1 and "Qwen/Qwen2.5-7B-Instruct" in done.stderr
-    assert "Traceback" not in done.stderr
+    message = refused(dpo, {"output_dir": tmp_path / "run"}, capsys, monkeypatch)
+    assert "Qwen/Qwen2.5-7B-Instruct" in message and time.monotonic() - started < 60
 
 
 def test_an_error_of_use_is_said_once_by_several_processes(world, tmp_path):
