@@ -3,12 +3,11 @@
 import importlib.util
 import os
 import signal
-import subprocess
 import time
 
 import pytest
 import torch
-from launch import ROOT, command, metrics, run, settings
+from launch import ROOT, Fork, command, metrics, refused, run, settings
 from safetensors.torch import load_file
 
 import common
@@ -62,16 +61,14 @@ def test_a_run_without_its_model_is_not_taken_for_ended(world, tmp_path, monkeyp
 
 def test_ctrl_c_says_how_to_go_on(world, tmp_path):
     args = settings(world, tmp_path / "run", num_train_epochs=500)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command("dpo.py", args), **pipes) as process:
+    with Fork(command("dpo.py", args)) as process:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("run/checkpoints/step-*")) and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command with --resume goes on from there" in out
-    assert "Traceback" not in err
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+        assert "the same command with --resume goes on from there" in process.stdout
+        assert "Traceback" not in process.stderr
 
 
 def patched_run(tmp_path, patch, options):
@@ -130,19 +127,10 @@ def uninterrupted_output(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("missing", ["model", "dataset"])
-def test_without_the_hub_the_toy_recipe_is_named(world, tmp_path, missing):
-    """A closed local port stands for the hub: the test needs no network and cannot reach one."""
-    environment = os.environ | {
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "HF_HOME": str(tmp_path / "hf"),
-    }
-    done = run(
-        "dpo.py",
-        settings(world, tmp_path / "run", **{missing: "someone/something"}),
-        env=environment,
-    )
-    assert done.returncode == 2 and done.stderr.count("error:") == 1
-    message = next(line for line in done.stderr.splitlines() if line.startswith("error:"))
+def test_without_the_hub_the_toy_recipe_is_named(world, tmp_path, capsys, monkeypatch, missing):
+    """conftest.py has a closed local port stand for the hub."""
+    options = settings(world, tmp_path / "run", **{missing: "someone/something"})
+    message = refused(dpo, options, capsys, monkeypatch)
     named = {"model": "--model someone/something", "dataset": "--dataset: someone/something"}
     assert named[missing] in message and "--config recipes/toy.yaml" in message
 
