@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from launch import command, metrics, refused, run, settings
+from launch import Fork, command, metrics, refused, run, settings
 from safetensors.torch import load_file, save_file
 
 import common
@@ -146,13 +146,11 @@ def wait_for(condition, seconds=120):
 
 def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path):
     options = settings(world, tmp_path / "run", num_train_epochs=500)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command("dpo.py", options), **pipes) as first:
+    with Fork(command("dpo.py", options)):
         wait_for(lambda: list(tmp_path.glob("run/checkpoints/step-*")))
         second = run("dpo.py", options | {"resume": True})
         assert second.returncode == 2 and "another run is writing to it" in second.stderr
         assert "Traceback" not in second.stderr
-        first.kill()
     steps = [line["step"] for line in metrics(tmp_path / "run")]
     assert steps == list(range(1, len(steps) + 1))
 
@@ -163,14 +161,14 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_as_if_uninterrupted(
 ):
     options = settings(world, tmp_path / "run", max_steps=4, save_every=0)
     # Slow enough to be met in its middle: the signal comes once a step is in the log.
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run/metrics.jsonl"
-    with subprocess.Popen(command("dpo.py", options), **pipes) as process:
+    with Fork(command("dpo.py", options)) as process:
         wait_for(lambda: log.is_file() and log.stat().st_size > 0)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err[-2000:]
-    assert "Traceback" not in err and "the same command with --resume goes on" in out
+        os.kill(process.pid, number)
+        code, out, err = process.wait(60), process.stdout, process.stderr
+    assert code == 128 + number, err[-2000:]
+    assert "Traceback" not in err
+    assert "the same command with --resume goes on from there" in out
     (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
     step = json.loads((checkpoint / "state.json").read_text())["step"]
     assert 1 <= step < 4 and not (tmp_path / "run/config.json").exists()
@@ -178,23 +176,23 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_as_if_uninterrupted(
     assert same_weights(stopped / "whole", tmp_path / "run")
 
 
-def test_one_process_tells_the_others_of_its_signal(world, stopped, tmp_path):
+def test_one_process_tells_the_others_of_its_signal(world, tmp_path):
     """SIGTERM to one of two workers: both end at the same step, with its checkpoint."""
     options = settings(world, tmp_path / "run", num_train_epochs=50, save_every=0)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run/metrics.jsonl"
-    with subprocess.Popen(command("dpo.py", options, processes=2), **pipes) as torchrun:
+    with Fork(command("dpo.py", options, processes=2)) as torchrun:
         wait_for(lambda: log.is_file() and log.stat().st_size > 0)
         children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGTERM)
-        out, err = torchrun.communicate(timeout=60)
-    assert "stopped after step" in out, err[-2000:]
+        torchrun.wait(60)
+        assert "stopped after step" in torchrun.stdout, torchrun.stderr[-2000:]
     (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
     steps = [line["step"] for line in metrics(tmp_path / "run")]
     assert json.loads((checkpoint / "state.json").read_text())["step"] == steps[-1] == len(steps)
 
 
 def test_workers_do_not_outlive_torchrun(world, tmp_path):
+    """torchrun itself: it starts its workers otherwise than a fork of it would."""
     options = settings(world, tmp_path / "run", num_train_epochs=500, save_every=0)
     how = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "run/metrics.jsonl"
