@@ -1,18 +1,13 @@
 """Runs from end to end, stopped runs and errors of use: real files, real processes."""
 
-import contextlib
 import math
-import os
-import signal
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import yaml
-from launch import ROOT, command, metrics, refused, run, settings
+from launch import ROOT, Fork, command, metrics, refused, run, settings
 from safetensors.torch import load_file, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -155,23 +150,13 @@ def test_a_run_is_evaluated_before_its_first_step(world, tmp_path, monkeypatch):
     assert lines[alphapo]["eval/tokens_per_second"] > 0
 
 
-def kill_all(word):
-    """SIGKILL to all processes with this word in their command line, torchrun and its workers."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if word in path.read_text() and int(path.parent.name) != os.getpid():
-                os.kill(int(path.parent.name), signal.SIGKILL)
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux's /proc to find the processes")
 def test_a_killed_run_goes_on_with_another_number_of_processes(world, uninterrupted, tmp_path):
     args = settings(world, tmp_path / "killed")
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with subprocess.Popen(command("spo.py", args, 2), **quiet):
+    with Fork(command("spo.py", args, 2)) as torchrun:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("killed/checkpoints/step-*")) and time.monotonic() < deadline:
             time.sleep(0.01)
-        kill_all(f"{tmp_path}/killed")
+        torchrun.kill()  # and its workers
     assert not (tmp_path / "killed/config.json").exists()  # no whole model yet
     spo.main(spo.Args(**args, resume=True))
     assert len(metrics(tmp_path / "killed")) == 10
@@ -189,7 +174,9 @@ def test_every_script_runs_as_a_user_runs_it(world, tmp_path, script, processes)
     options = settings(
         world, tmp_path / "out", max_steps=4, eval_every=2, save_every=2, export_every=2
     )
-    done = run(f"{script.__name__}.py", options, processes)
+    # Once by torchrun itself; test_toy.py has a new interpreter for spo.py alone.
+    new = processes > 0 and script is dpo
+    done = run(f"{script.__name__}.py", options, processes, new)
     assert done.returncode == 0, done.stderr[-2000:]
     out = tmp_path / "out"
     lines = metrics(out)
