@@ -2,14 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import worker
-from launch import metrics
+from launch import Fork, command, metrics
 from safetensors.torch import load_file
 
 TESTS = Path(__file__).parent
@@ -22,11 +20,9 @@ def results(world, tmp_path_factory):
     folders = {}
     for processes in WORLDS:
         folders[processes] = tmp_path_factory.mktemp(f"processes-{processes}")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={processes}"]
-        command += [str(TESTS / "worker.py"), str(world), str(folders[processes])]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        line = [*command(TESTS / "worker.py", {}, processes), str(world), str(folders[processes])]
+        with Fork(line) as torchrun:
+            assert torchrun.wait() == 0, torchrun.stderr[-3000:]
     return folders
 
 
