@@ -165,7 +165,7 @@ def journal_text(out):
 def wait_for_verdicts(count, process, out):
     """Until a run in a process of its own has recorded so many."""
     while not (out / "verdicts.0.jsonl").exists() or len(journal_text(out)) < count:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, (process.stdout, process.stderr)
         time.sleep(0.002)
 
 

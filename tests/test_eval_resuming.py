@@ -28,7 +28,7 @@ from judging import (
     settings,
     wait_for_verdicts,
 )
-from launch import command
+from launch import Fork, command
 from transformers import AutoTokenizer
 
 import data
@@ -93,12 +93,11 @@ def test_ctrl_c_keeps_what_is_done(world, models, generated, tmp_path, serve):
 
     server = serve(reply)
     args = settings(world, models, out, **endpoint(server, concurrency=2))
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process = subprocess.Popen(command("eval_judge.py", args), text=True, **pipes)
-    wait_for_verdicts(5, process, out)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=20)
-    assert process.returncode == 130 and "Traceback" not in errors and "kept" in output
+    with Fork(command("eval_judge.py", args)) as process:
+        wait_for_verdicts(5, process, out)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(20) == 130
+        assert "Traceback" not in process.stderr and "kept" in process.stdout
     assert len(journal_text(out)) == len(server.seen) < 60  # what was under way is there as well
 
 
@@ -188,10 +187,8 @@ def test_a_real_server_behind_a_counting_proxy(
     shutil.copytree(generated, out)
     args = endpoint(proxy, judge=str(first_judge), concurrency=16, judge_max_tokens=8)
     run = command("eval_judge.py", settings(world, models, out, **args))
-    process = subprocess.Popen(run, stderr=subprocess.PIPE)
-    wait_for_verdicts(5, process, out)
-    process.kill()
-    process.communicate()
+    with Fork(run) as process:
+        wait_for_verdicts(5, process, out)
     recorded = (out / "verdicts.0.jsonl").read_text().rpartition("\n")[0].count("\n") + 1
     assert recorded < 60
     proxy.seen.clear()
