@@ -2,15 +2,13 @@
 runs that are killed or have two processes."""
 
 import json
-import signal
-import subprocess
 import time
 
 import pyarrow.parquet
 import pytest
 import tiny
 import torch
-from launch import command, run
+from launch import Fork, command, run
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 import data
@@ -250,14 +248,11 @@ def test_more_samples_are_added_and_one_file_has_no_held_out_split(
 
 def test_a_killed_run_goes_on_and_samples_nothing_twice(world, tmp_path, rule, monkeypatch):
     args = settings(world, tmp_path / "killed", reward=rule, num_prompts=20, eval_split="")
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    process = subprocess.Popen(command("sample_pairs.py", args), **pipes)
     journal = tmp_path / "killed/responses.0.jsonl"
-    while not journal.exists() or len(journal.read_text().splitlines()) < 8:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with Fork(command("sample_pairs.py", args)) as process:
+        while not journal.exists() or len(journal.read_text().splitlines()) < 8:
+            assert process.poll() is None, process.stdout + process.stderr
+            time.sleep(0.002)
     text = journal.read_text()
     journal.write_text(text[:-9])  # cut off in its last line
     recorded = {json.loads(line)["key"] for line in text.splitlines()[:-1]}
