@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from launch import Fork
 from test_scripts_match import SCRIPTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -108,9 +109,7 @@ def rows_of(split, name):
 
 
 def test_make_gives_the_shipped_files_again(tmp_path):
-    command = [sys.executable, TOY / "make.py", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run("toy/make.py", tmp_path)
     made = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
     folders = TOY / "model", TOY / "data"
     shipped = {path.relative_to(TOY) for folder in folders for path in folder.iterdir()}
@@ -232,13 +231,11 @@ def test_the_recipe_has_a_section_for_every_script(script, monkeypatch):
     assert args.output_dir == f"runs/toy/{script.split('.')[-1]}" and args.dataset == "toy/data"
 
 
-def run(script, *options):
-    """A script of the project in a process of its own; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, script, *map(str, options)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def run(*words):
+    """What a command from the root prints."""
+    with Fork([sys.executable, *map(str, words)], cwd=ROOT) as process:
+        assert process.wait() == 0, process.stderr[-2000:]
+        return process.stdout
 
 
 def test_kl_divergence_by_hand():
@@ -261,9 +258,12 @@ def test_kl_divergence_by_hand():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The model of the README's first command."""
+    """The model of the README's first command, by an interpreter of its own as there."""
     out = tmp_path_factory.mktemp("toy") / "spo"
-    run("spo.py", "--config", "recipes/toy.yaml", "--output_dir", out)
+    line = [sys.executable, "spo.py", "--config", "recipes/toy.yaml", "--output_dir", out]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (out / "curves.png").stat().st_size > 5000
     return out
 
 
