@@ -1,12 +1,12 @@
 """Twenty tiny architectures of sweep.py, of each mechanism one or two: never computed wrongly."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import sweep
+from launch import Fork
 
 SCRIPT = Path(__file__).parent / "sweep.py"
 EXPECTED = {
@@ -35,15 +35,15 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Of the script in a process of its own, as it forks."""
+    """Of the script in a process of its own, as it starts others."""
     out = tmp_path_factory.mktemp("sweep") / "results.json"
     names = [name if ":" in name else f"{name}:" for name in EXPECTED]  # none of their variants
-    command = [sys.executable, SCRIPT, *names, "--out", out]
-    finished = subprocess.run(command, capture_output=True, text=True)
+    with Fork([sys.executable, str(SCRIPT), *names, "--out", str(out)]) as finished:
+        code = finished.wait()
     assert out.exists(), finished.stderr[-2000:]
     found = json.loads(out.read_text())
     wrong = any(result["outcome"] in sweep.FAILURES for result in found.values())
-    assert finished.returncode == wrong, finished.stderr[-2000:]
+    assert code == wrong, finished.stderr[-2000:]
     assert f"{len(found)}/{len(EXPECTED)}" in finished.stderr  # the bar
     assert all(f"\n{outcome}: " in finished.stdout for outcome in sweep.OUTCOMES)
     return found
