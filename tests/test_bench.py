@@ -2,10 +2,10 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
 
@@ -13,12 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it takes minutes and writes results")
-def test_gpu_bench_runs_in_small_on_a_cpu():
+def test_gpu_bench_runs_in_small_on_a_cpu(monkeypatch, capsys):
     results = set((ROOT / "bench").rglob("*.json"))
-    command = [sys.executable, "bench/gpu.py", "--only", "sft", "spo"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    first, sft, spo, last = done.stdout.splitlines()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "sft", "spo"])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    printed = capsys.readouterr().out
+    assert end.value.code == 0, printed
+    first, sft, spo, last = printed.splitlines()
     assert first == "no GPU here: sft, spo in small, on the CPU"
     assert sft.startswith("sft, without checkpointing: {'tokens_per_second': ")
     assert spo.startswith("spo, without checkpointing: {'tokens_per_second': ")
@@ -27,10 +29,6 @@ def test_gpu_bench_runs_in_small_on_a_cpu():
 
 
 def test_a_run_that_fails_is_told_and_stops_no_other(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench/gpu.py")
-    gpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu)
-
     def run(script, work, checkpointing):
         if script == "sft":
             raise RuntimeError("no such thing")
