@@ -12,7 +12,7 @@ from pathlib import Path
 import kills
 import pytest
 import torch
-from launch import metrics, settings
+from launch import Fork, command, metrics, settings
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(
@@ -35,42 +35,18 @@ def test_a_run_that_is_killed_in_each_phase_ends_as_if_it_never_was(
     assert all(runs.counts()[phase, processes] for phase in phases)
 
 
-def torchrun_forked(log, options, port):
-    """README's command, on loopback and with one worker."""
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    rendezvous = f"--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{port}"
-    rendezvous += " --max_restarts=1 --local_addr=127.0.0.1"
-    kills.run_forked("spo", options, 1, log, rendezvous.split())
-
-
-class Machine:
-    """An agent of torchrun, in a fork of kills.py's server."""
-
-    def __init__(self, log, options, port):
-        log.touch()
-        start = dict(target=torchrun_forked, args=(log, options, port))
-        self.log, self.agent = log, kills.server().Process(**start)
-        self.agent.start()
-
-    def worker(self):
-        agent = self.agent.pid
-        return int(Path(f"/proc/{agent}/task/{agent}/children").read_text().split()[-1])
-
-    def end(self):
-        """Waits for its end, and gives the exit code; what runs on for too long is killed."""
-        self.agent.join(120)
-        if self.agent.exitcode is None:
-            os.killpg(self.agent.pid, signal.SIGKILL)
-            self.agent.join()
-        return self.agent.exitcode
-
-
-def two_machines(folder, options):
-    """Starts them both, on a port that is free."""
-    folder.mkdir()
+def two_machines(options):
+    """README's command on both, on a port of loopback that is free, with one worker each."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    return [Machine(folder / f"machine-{number}.log", options, port) for number in (0, 1)]
+        meet = f"127.0.0.1:{server.getsockname()[1]}"
+    words = f"--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint={meet} --max_restarts=1"
+    line = command("spo.py", options, 1, [*words.split(), "--local_addr=127.0.0.1"])
+    environment = os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", TQDM_MININTERVAL="0")
+    return [Fork(line, env=environment) for _ in range(2)]
+
+
+def worker_of(agent):
+    return int(Path(f"/proc/{agent}/task/{agent}/children").read_text().split()[-1])
 
 
 def test_two_machines_go_on_after_one_of_their_workers_is_killed(world, tmp_path):
@@ -80,14 +56,16 @@ def test_two_machines_go_on_after_one_of_their_workers_is_killed(world, tmp_path
     for kind in ("whole", "killed"):
         outs.append(tmp_path / kind / "run")
         options = settings(world, outs[-1], max_steps=6, resume=True)
-        machines = two_machines(tmp_path / kind, options)
+        outs[-1].parent.mkdir()
+        machines = two_machines(options)
         if kind == "killed":
             deadline = time.monotonic() + 120
             while not list(outs[-1].glob("checkpoints/step-*")) and time.monotonic() < deadline:
                 time.sleep(0.01)
-            os.kill(machines[1].worker(), signal.SIGKILL)
-        codes = [machine.end() for machine in machines]
-        said = "\n".join(machine.log.read_text() for machine in machines)
+            os.kill(worker_of(machines[1].pid), signal.SIGKILL)
+        with machines[0], machines[1]:  # which kills what runs on for too long
+            codes = [machine.wait(120) for machine in machines]
+            said = "\n".join(machine.stdout + machine.stderr for machine in machines)
         assert codes == [0, 0], said[-3000:]
     step = int(re.search(r"resumed after step (\d+) of 6", said)[1])
     assert 1 <= step < 6
