@@ -2,10 +2,9 @@
 scripts' own functions; so are its figures and links. The numbers in its text have their own file,
 test_docs_numbers.py."""
 
-import importlib
+import importlib.util
 import math
 import re
-import sys
 from itertools import pairwise
 from math import exp, log
 from pathlib import Path
@@ -26,8 +25,10 @@ import stapo
 from baselines import cpo, fdpo, orpo, rdpo, rrhf, simper, slic, sppo
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "docs"))
-figures = importlib.import_module("figures")
+# By its path: papers/ has a figures.py, too.
+spec = importlib.util.spec_from_file_location("docs_figures", ROOT / "docs/figures.py")
+figures = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(figures)
 TEXT = (ROOT / "docs" / "losses.md").read_text()
 PARTS = re.split(r"^#+ (.+)$", TEXT, flags=re.M)[1:]
 SECTIONS = dict(zip(PARTS[::2], PARTS[1::2], strict=True))
