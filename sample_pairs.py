@@ -143,7 +143,8 @@ def load_prompts(model, split, args):
     """The different prompts of a split, as message lists, in an order that the seed gives."""
     prompts, _ = eval_judge.load_prompts({"": model}, dataclasses.replace(args, eval_split=split))
     if any(prompt[0]["role"] == chat.TEXT for prompt in prompts):
-        common.fail(f"--dataset: {split} has plain text; the prompts must be turns of a chat")
+        form = '[{"role": "user", "content": "..."}]'
+        common.fail(f"--dataset: {split} has plain text; it needs prompts of the form {form}")
     return prompts
 
 

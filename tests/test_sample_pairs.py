@@ -194,6 +194,15 @@ def test_reward_models_that_cannot_be_used_are_named(world, tmp_path, capsys):
         Args(dataset=str(tmp_path), output_dir=f"{tmp_path}/rows/..")
 
 
+def test_plain_text_is_refused_with_the_form_that_is_needed(monkeypatch, capsys):
+    found = [[dict(role="text", content="where?")]], ""
+    monkeypatch.setattr(eval_judge, "load_prompts", lambda *_: found)
+    with pytest.raises(SystemExit):
+        sample_pairs.load_prompts(None, "train_prefs", Args())
+    said = capsys.readouterr().err
+    assert "train_prefs has plain text" in said and '[{"role": "user", "content": "..."}]' in said
+
+
 # ---- Whole runs ----
 def test_the_training_scripts_read_the_pairs(world, tmp_path, rule):
     sample_pairs.main(Args(**settings(world, tmp_path, reward=rule)))
