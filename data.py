@@ -266,6 +266,8 @@ def encode_responses(prompt, completions, tokenizer):
     responses = [ids[size:] for ids in wholes]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
     turns = [(turn, tokenizer) for turn in sum(completions, prompt)]
+    seams = "".join(prompt[-1]["content"][-1:] + x[0]["content"][:1] for x in completions)
+    plain = prompt[0]["role"] == TEXT
     return dict(
         prompt=prompt_ids[:size],
         responses=responses,
@@ -274,7 +276,8 @@ def encode_responses(prompt, completions, tokenizer):
         notes={
             "with a prompt that ends within a token": size < len(prompt_ids),
             "with control tokens in a message's text": any(has_control_token(*x) for x in turns),
-            PLAIN: bool(tokenizer.chat_template) and prompt[0]["role"] == TEXT,
+            "with no space before the answer": plain and not any(map(str.isspace, seams)),
+            PLAIN: plain and bool(tokenizer.chat_template),
         },
     )
 
@@ -326,11 +329,8 @@ def split_batches(split, name, args, run):
 
 def my_batches(split, rows, args, run, name=None):
     """This process's share of the rows, a Batch at a time."""
-    budget = args.tokens_per_micro_batch, run.world_size
-    if run.padded:
-        bins = pad_pack(split.padded_tokens, rows, *budget)
-    else:
-        bins = bin_pack(split.tokens, rows, *budget)
+    pack, tokens = (pad_pack, split.padded_tokens) if run.padded else (bin_pack, split.tokens)
+    bins = pack(tokens, rows, args.tokens_per_micro_batch, run.world_size)
     own_bins = bins[run.rank :: run.world_size]
     step_tokens = int(split.lengths[rows].sum())
     hidden = name is None or run.rank > 0

@@ -221,6 +221,22 @@ def test_plain_strings_become_messages(load, capsys):
     assert "--apply_chat_template" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "prompt, chosen, rejected, counted",
+    [
+        ("where?", "there", "here", True),
+        ("where?\n", "there", "here", False),
+        ("where?", " there", " here", False),
+        ([user("where?")], [assistant("there")], [assistant("here")], False),
+    ],
+)
+def test_strings_with_nothing_between_prompt_and_answer_are_counted(
+    load, capsys, prompt, chosen, rejected, counted
+):
+    load(common.load_pairs, [dict(prompt=prompt, chosen=chosen, rejected=rejected)])
+    assert ("1 with no space before the answer" in capsys.readouterr().out) == counted
+
+
 def test_a_base_model_takes_a_template_from_a_file_or_a_model(tmp_path, capsys):
     base, other = tiny.model(tmp_path / "base"), tiny.model(tmp_path / "other")
     (base / "chat_template.jinja").unlink()
