@@ -17,6 +17,8 @@ import numpy as np
 import plans
 import torch
 import transformers
+import yaml
+from plans import ROOT
 from safetensors.numpy import load_file
 from tqdm.auto import tqdm
 
@@ -149,9 +151,10 @@ def targets():
         groups.setdefault((margin, name), []).append(one)
     sides = [f"logratios/{side}" for side in ("chosen", "rejected")]
     rows, places = [], list(dict.fromkeys(margin for margin, _ in groups))
+    names = list(dict.fromkeys(name for _, name in groups))
     figure, axes = plt.subplots(1, len(places), figsize=(9, 4.4), squeeze=False)
-    for number, ((margin, name), runs) in enumerate(groups.items()):
-        axis, mark = axes[0, places.index(margin)], look(number % (len(groups) // len(places)))
+    for (margin, name), runs in groups.items():
+        axis, mark = axes[0, places.index(margin)], look(names.index(name))
         ends = np.array([[last(one, side) for side in sides] for one in runs])  # (seeds, 2)
         alpha = runs[0].settings.get("alpha", 0)
         axis.plot(*ends.T, mark["marker"], color=mark["color"], label=name, ms=6)
@@ -164,8 +167,10 @@ def targets():
         rows.append([f"{margin:g}", name, *cells, *moved, spread(ends[:, 0] - ends[:, 1])])
     for axis, margin in zip(axes[0], places, strict=True):
         low, high = axis.get_ylim()
-        axis.plot([low + margin, high + margin], [low, high], color="0.6", lw=0.8)
-        axis.plot(0, 0, "*", color="black", ms=10)
+        line = dict(color="0.6", lw=0.8, label="target of one term and IPO")
+        axis.plot([low + margin, high + margin], [low, high], **line)
+        axis.plot([], [], "s", color="0.4", mfc="white", ms=11, label="target of two terms")
+        axis.plot(0, 0, "*", color="black", ms=10, ls="", label="start")
         axis.set(xlabel="log-ratio of the chosen answer, nats", ylabel="of the rejected answer")
         axis.legend()
     picture = save(figure, "spo_targets", "Where the log-ratios end, beside their targets")
@@ -237,7 +242,8 @@ def histograms():
             for number, (step, z) in enumerate(zip(steps, every, strict=True)):
                 style = dict(color=COLORS[number], ls=DASHES[number], lw=1.5)
                 label = f"epoch {step // plans.EPOCH}" if step else "start"
-                axis.hist(z, edges, histtype="step", density=True, label=label, **style)
+                if z.std() > 0:  # not where log-ratios begin: all are 0
+                    axis.hist(z, edges, histtype="step", density=True, label=label, **style)
             for margin in margins_of(one):
                 axis.axvline(margin, color="0.4", lw=0.9)
             axis.set(title=f"{names[one.script]}, {pairs}", yticks=[])
@@ -246,7 +252,8 @@ def histograms():
             rows.append([names[one.script], pairs, *cells])
     for axis, unit in zip(axes[-1], ("log-ratios, nats", *["means, nats per token"] * 2)):
         axis.set_xlabel(f"Z, margin of {unit}")
-    axes[0, 0].legend()
+    axes[0, 1].legend()
+    figure.supylabel("share of the pairs", fontsize=9)
     picture = save(figure, "histograms", "Histograms of Z after epochs 0, 1, 3 and 5")
     head = ["", "pairs", "start: median (quartiles)", "after epoch 1", "after the last epoch"]
     return f"{picture}\n\n{table(head, rows)}"
@@ -346,21 +353,25 @@ def alpha_boxes():
     figure, axes = plt.subplot_mosaic(
         [[*map(str, groups)], ["box"] * len(groups)], figsize=(9, 5.4)
     )
-    rows, boxes = [], []
+    rows, boxes, first = [], [], next(iter(axes.values()))
     for alpha, runs in groups.items():
         files = [one.folder / f"eval/step-{one.steps:06d}.safetensors" for one in runs]
         values = [load_file(file) for file in files]
         means = np.concatenate([value["policy"] / value["lengths"] for value in values])
         z = means[:, 0] - means[:, 1]
-        axes[str(alpha)].plot(z, means[:, 0], ".", color="black", ms=1.5, alpha=0.3)
-        axes[str(alpha)].set(title=f"alpha {alpha:g}", xlabel="margin")
+        axis = axes[str(alpha)]
+        if axis is not first:
+            axis.sharex(first)
+            axis.sharey(first)
+        axis.plot(z, means[:, 0], ".", color="black", ms=1.5, alpha=0.3)
+        axis.set(title=f"alpha {alpha:g}", xlabel="margin")
         boxes += [means[:, 0], means[:, 1], z]
         cells = [np.quantile(x, [0.25, 0.5, 0.75]) for x in boxes[-3:]]
         rows.append([f"{alpha:g}", *(f"{q[1]:.2f} ({q[0]:.2f} to {q[2]:.2f})" for q in cells)])
     names = [f"{what}\n{alpha:g}" for alpha in groups for what in ("w", "l", "Z")]
     axes["box"].boxplot(boxes, tick_labels=names, showfliers=False, medianprops=dict(color="black"))
     axes["box"].set(ylabel="nats per token", xlabel="chosen (w), rejected (l), margin (Z); alpha")
-    next(iter(axes.values())).set_ylabel("chosen, nats per token")
+    first.set_ylabel("chosen, nats per token")
     picture = save(figure, "alpha_boxes", "Scatter and box plots by alpha")
     head = ["alpha", "chosen: median (quartiles)", "rejected", "margin"]
     return f"{picture}\n\n{table(head, rows)}"
@@ -474,39 +485,28 @@ def settings_and_ends(method, runs, cells):
 
 
 # ---- The page ----
-METHODS = """All gain, and but for AlphaPO the differences are within the noise of three seeds.
-AlphaPO shows how little four short runs of one seed can tell: the setting that was chosen led its
-grid by a tenth of a point, and over three seeds it ends far below the recipe's, alpha 0.25 at a
-learning rate of 2e-4 (Figures 2 and 7 below). The papers' order of methods does not show here, nor
-can it: their gaps are smaller than this noise. What does show is how they get there: StaPO on
-means, SimPO and AlphaPO, which nothing holds near the start, lower chosen and rejected log-probs
-and drop openings ("Here are 4 fruits:") that nothing rewards; all others hardly move the chosen
-ones and keep the length."""
-MATRIX = """As in the papers every method beats SFT, and by less: the judge is an exact rule, two
-answers without a fault are a tie, and a tie counts half. Between the methods all rates are near 50;
-that SPO wins against the others, as in the papers, does not show."""
-
-SECTIONS = {  # title: the plans it needs, the function that draws it, what is to be seen
-    "All methods": (["methods"], methods, METHODS),
-    "SPO, Tables 1 and 2": (["methods"], matrix, MATRIX),
-    "All methods against one another": (["methods"], all_against_all, ""),
-    "SPO: where the log-ratios end": (["targets"], targets, ""),
-    "StaPO, Figure 2 and Appendix A": (["training_pairs", "epochs"], histograms, ""),
-    "StaPO, Figure 3": (["methods"], logps, ""),
-    "StaPO, Figure 4 and Table 3": (["epochs"], epochs, ""),
-    "StaPO, Table 2": (["margins"], margins_table, ""),
-    "AlphaPO, Figures 2 and 7": (["alpha"], alpha_curves, ""),
-    "AlphaPO, Figures 13 to 16": (["alpha"], alpha_boxes, ""),
-    "AlphaPO, Figures 3 and 8, and 9": (["alpha", "gamma"], sweeps, ""),
-    "AlphaPO, Figures 10 and 11": (["epochs"], kl_and_quality, ""),
-    "AlphaPO, Figures 3 (right) and 12": (["alpha"], grades, ""),
-    "Pairs of the model's own answers": ([], own_pairs, ""),
+SECTIONS = {  # title: the plans it needs, the function that draws it
+    "All methods": (["methods"], methods),
+    "SPO, Tables 1 and 2": (["methods"], matrix),
+    "All methods against one another": (["methods"], all_against_all),
+    "SPO: where the log-ratios end": (["targets"], targets),
+    "StaPO, Figure 2 and Appendix A": (["training_pairs", "epochs"], histograms),
+    "StaPO, Figure 3": (["methods"], logps),
+    "StaPO, Figure 4 and Table 3": (["epochs"], epochs),
+    "StaPO, Table 2": (["margins"], margins_table),
+    "AlphaPO, Figures 2 and 7": (["alpha"], alpha_curves),
+    "AlphaPO, Figures 13 to 16": (["alpha"], alpha_boxes),
+    "AlphaPO, Figures 3 and 8, and 9": (["alpha", "gamma"], sweeps),
+    "AlphaPO, Figures 10 and 11": (["epochs"], kl_and_quality),
+    "AlphaPO, Figures 3 (right) and 12": (["alpha"], grades),
+    "Pairs of the model's own answers": ([], own_pairs),
 }
 
 
 def section(title):
     """A figure's part of the page; draws its picture."""
-    _, function, seen = SECTIONS[title]
+    _, function = SECTIONS[title]
+    seen = yaml.safe_load((ROOT / "papers/seen.yaml").read_text()).get(title, "")
     with plt.rc_context(LOOK):
         shown = function()
     return f"## {title}\n\n{' '.join(function.__doc__.split())}\n\n{shown}\n\n{seen}".rstrip()

@@ -30,7 +30,10 @@ def runs_folder(tmp_path, monkeypatch):
 def write_scores(run, **scores):
     for step in run.models:
         run.score_file(step).parent.mkdir(parents=True, exist_ok=True)
-        start = dict(good=0.4, grades=[1, 0, 0, 0, 3])
+        start = dict(
+            good=0.4, gain=0.0, gain_se=0.0, distinct=1.0, entropy=1.2, kl=0.0, length=10.0
+        )
+        start["grades"] = [1, 0, 0, 0, 3]
         run.score_file(step).write_text(json.dumps(dict(start=start, model=scores)))
 
 
@@ -193,7 +196,7 @@ def test_the_page_has_the_numbers_of_the_runs(made_up):
 
 
 def test_a_figure_says_its_question_and_its_place():
-    for needed, function, _ in figures.SECTIONS.values():
+    for needed, function in figures.SECTIONS.values():
         assert set(needed) <= {*plans.PLANS["plans"], "methods"}
         assert "?" in function.__doc__, function.__name__
         assert re.search(
@@ -204,7 +207,7 @@ def test_a_figure_says_its_question_and_its_place():
 def test_the_page_of_the_repository_was_written_by_the_command():
     """Its table of methods is that of results.json."""
     page = (ROOT / "papers/results.md").read_text()
-    for title, (_, function, _) in figures.SECTIONS.items():
+    for title, (_, function) in figures.SECTIONS.items():
         assert f"## {title}\n\n{' '.join(function.__doc__.split())}\n" in page
     assert all(
         (ROOT / "papers" / file).exists() for file in re.findall(r"\]\((figures/.+?)\)", page)
