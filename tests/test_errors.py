@@ -86,7 +86,7 @@ def test_other_rows_are_not_resumed_on(world, tmp_path, capsys, monkeypatch):
     args = settings(world, tmp_path / "run", dataset=tmp_path / "rows.jsonl")
     dpo.main(dpo.Args(**args | dict(dataset=str(args["dataset"]))))
     tiny.pairs(tmp_path / "rows.jsonl", 64, seed=6)
-    assert "training rows or the start model" in refused(
+    assert "the rows or the start model" in refused(
         dpo, args | dict(resume=True, num_train_epochs=2), capsys, monkeypatch
     )
 
@@ -137,9 +137,10 @@ def test_an_error_of_use_is_said_once_by_several_processes(world, tmp_path):
 @pytest.mark.parametrize("kind, said", [(ValueError, 0), (TypeError, 0), (RuntimeError, 1)])
 def test_rank_0_says_what_all_find_and_each_what_may_be_its_own(kind, said, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(terminal.dist, "is_initialized", lambda: True)
-    with pytest.raises(SystemExit), terminal.user_errors("--model", shared=True):
-        raise kind("can't allocate memory")
+    with monkeypatch.context() as patch:
+        patch.setattr(terminal.dist, "is_initialized", lambda: True)
+        with pytest.raises(SystemExit), terminal.user_errors("--model", shared=True):
+            raise kind("can't allocate memory")
     assert capsys.readouterr().err.count("error: --model") == said
 
 
