@@ -88,10 +88,10 @@ def margins(one, step):
     that of the mean log-probs, nats per token."""
     values = load_file(one.folder / f"eval/step-{step:06d}.safetensors")
     sums = values["policy"].astype(float)
-    if one.script == "dpo" or one.settings.get("contrast") == "dpo":
-        sums = sums - values["reference"]
-    else:
+    if one.script == "alphapo" or one.settings.get("contrast") == "simpo":
         sums = sums / values["lengths"]
+    else:
+        sums = sums - values["reference"]
     return sums[:, 0] - sums[:, 1]
 
 
@@ -530,6 +530,8 @@ def summary(run):
     scores of the start and of the model, and where the log-ratios ended, nats."""
     sides = [last(run, f"logratios/{side}") for side in ("chosen", "rejected")]
     scores = json.loads(run.score_file(run.steps).read_text())
+    for model in scores.values():
+        del model["model"]  # where it lay
     return dict(script=run.script, **dict(run.changes), **scores, log_ratios=sides)
 
 
@@ -547,8 +549,8 @@ def introduction(count):
 Written by `python papers/run.py all`, with every picture and number below; the words that go with
 them are ours. {count} runs of [plans.yaml](plans.yaml), three seeds of each setting (0, 1 and 2),
 and {tuned} shorter ones, four of each method, that its settings were chosen from, by the good
-answers to requests that are used nowhere else. All start from [toy/sft](../toy). {versions}, commit
-{commit()}.
+answers to requests that are used nowhere else. All start from [toy/sft](../toy). {versions}; drawn
+at commit {commit()}.
 
 Numbers are means over the seeds, with the lowest and the highest in brackets. `good`: the share of
 answers without a fault, by the exact rule of [toy/judge.py](../toy/judge.py), of 8 to each of 128

@@ -34,7 +34,9 @@ def write_scores(run, **scores):
             good=0.4, gain=0.0, gain_se=0.0, distinct=1.0, entropy=1.2, kl=0.0, length=10.0
         )
         start["grades"] = [1, 0, 0, 0, 3]
-        run.score_file(step).write_text(json.dumps(dict(start=start, model=scores)))
+        run.score_file(step).write_text(
+            json.dumps(dict(start=start | dict(model="a"), model=scores | dict(model="b")))
+        )
 
 
 # ---- Plans ----
