@@ -33,6 +33,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
@@ -48,6 +49,8 @@ from settings import HERE, check_settings, parse_args  # noqa: F401, the same
 from terminal import fail, print0, progress, user_errors
 
 PROJECT = "offline-preference-optimization"  # for trackers
+# A 7B on eight GPUs of 80 GB has room for so many; a CPU computes more at once no faster.
+MICRO_BATCH_TOKENS = 7168 if torch.cuda.is_available() else 1024
 
 # Set on import: torch's threads and the GPU's allocator read these once, when they start.
 torch.set_flush_denormal(True)  # the tiny gradients of saturated pairs slow a CPU a hundredfold
@@ -405,14 +408,14 @@ class LogprobModel(torch.nn.Module):
 def load_model(args, run):
     """The policy, a LogprobModel: float32 parameters, sharded over the processes, which compute in
     `run.compute_dtype`. A folder with a config and no weights gives a model drawn from `seed`."""
-    whole = None  # rank 0 alone reads the weights, and sends the others their shards
+    source = None  # rank 0 alone reads the weights, and sends the others their shards
     with rank_zero_first(), user_errors(f"--model {args.model}"):
         config = model_files.read_config(model_files.model_folder(args.model))
         with torch.device("meta"):
             hf_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model_files.refuse_unsupported(hf_model, config, args.max_length)
         if run.rank == 0:
-            whole = model_files.read_weights(args.model, args.seed)
+            source = model_files.read_weights(args.model, args.seed)
     limit = model_files.position_limit(hf_model)
     if args.max_length > limit:
         print0(f"WARNING: --max_length {args.max_length}, but {args.model} is made for {limit}")
@@ -422,14 +425,14 @@ def load_model(args, run):
     model.to_empty(device=run.device)
     hf_model.tie_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(hf_model, whole.state_dict() if whole else {}, options=options)
+    set_model_state_dict(hf_model, source.state_dict() if source else {}, options=options)
     for name, buffer in hf_model.named_buffers():  # rotary frequencies are in no state dict
-        if whole:
-            buffer.copy_(whole.get_buffer(name))
+        if source:
+            buffer.copy_(source.get_buffer(name))
         dist.broadcast(buffer, 0)
-    if whole:  # `export`, on rank 0, writes what it has read: some tensors may be in float32
-        model.dtype = whole.dtype
-        model.tensor_dtypes = {name: tensor.dtype for name, tensor in whole.state_dict().items()}
+    if source:  # `export`, on rank 0, writes what it has read: some tensors may be in float32
+        model.dtype = source.dtype
+        model.tensor_dtypes = {name: tensor.dtype for name, tensor in source.state_dict().items()}
     size = sum(parameter.numel() for parameter in model.parameters())
     print0(f"{size:,} parameters, computing in {run.compute_dtype} on {run.device.type}")
     memory = f"{16 * size / run.world_size / 1e9:.2f} GB"  # all in float32
@@ -439,15 +442,23 @@ def load_model(args, run):
 
 def shard(model, args, run):
     """FSDP: each process keeps a part of every parameter, and gathers a block's to compute it."""
+    blocks = [x for x in model.modules() if type(x).__name__ in model.hf_model._no_split_modules]
+    if args.gradient_checkpointing:  # backward recomputes a block's activations
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if run.world_size == 1 and run.compute_dtype == torch.float32:
+        return  # nothing to share or to cast: FSDP would copy weights and gradients, to no end
     options = dict(reduce_dtype=torch.float32, cast_forward_inputs=False)
     precision = MixedPrecisionPolicy(run.compute_dtype, **options)
-    for block in reversed(list(model.modules())):  # inner ones first, as FSDP asks
-        if type(block).__name__ in model.hf_model._no_split_modules:
-            if args.gradient_checkpointing:  # backward recomputes the block's activations
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-            fully_shard(block, mesh=run.mesh, mp_policy=precision)
+    for block in reversed(blocks):  # inner ones first, as FSDP asks
+        fully_shard(block, mesh=run.mesh, mp_policy=precision)
     # By default FSDP leaves the root's parameters gathered after a forward; saving needs shards.
     fully_shard(model, mesh=run.mesh, mp_policy=precision, reshard_after_forward=True)
+
+
+def gathered(tensor):
+    """All of a tensor, of which each process may have a part. All processes must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
@@ -498,7 +509,7 @@ KEPT_LOGITS_BYTES = 4e9  # above this, backward recomputes the logits
 def token_logps(hidden, weight, targets, softcap=None, entropy=False):
     """log softmax(hidden @ weight.T)[targets] and, with `entropy`, the softmax's entropy, without
     gradient, in nats. hidden (N, H), weight (V, H), targets (N,) -> (N,), and (N,) or None."""
-    return TokenLogps.apply(hidden, weight, targets, softcap, entropy, torch.is_grad_enabled())
+    return TokenLogps.apply(hidden, weight, targets, softcap, entropy)
 
 
 class TokenLogps(torch.autograd.Function):
@@ -513,13 +524,12 @@ class TokenLogps(torch.autograd.Function):
     time is in float32; z' is kept in the compute dtype, and overwritten with its gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, entropy, needs_grad):
-        kept, logps, log_sums, entropies = None, [], [], []
-        if needs_grad and len(hidden) * len(weight) * hidden.element_size() <= KEPT_LOGITS_BYTES:
-            kept = hidden.new_empty(len(hidden), len(weight))
-        for part in slices(hidden, weight):
-            out = None if kept is None else kept[part]
-            raw = torch.mm(hidden[part], weight.T, out=out)
+    def forward(ctx, hidden, weight, targets, softcap, entropy):
+        logps, log_sums, entropies = [], [], []
+        fits = len(hidden) * len(weight) * hidden.element_size() <= KEPT_LOGITS_BYTES
+        kept = hidden @ weight.T if fits else None
+        for part in slices(hidden, weight, kept):
+            raw = hidden[part] @ weight.T if kept is None else kept[part]
             logits = soft_capped(raw, softcap)
             log_sum = logits.logsumexp(-1)
             log_sums.append(log_sum)
@@ -537,27 +547,30 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps, _):  # (N,)
         hidden, weight, targets, log_sums, kept = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), 0
-        for part in slices(hidden, weight):
+        if kept is None:
+            grad_hidden, grad_weight = torch.empty_like(hidden), 0
+        for part in slices(hidden, weight, kept):
             raw = hidden[part] @ weight.T if kept is None else kept[part]
             logits = soft_capped(raw, ctx.softcap)
             slope = 1 - (logits / ctx.softcap) ** 2 if ctx.softcap else 1
             grad_logits = (logits - log_sums[part, None]).exp_().neg_()  # -softmax
             grad_logits[torch.arange(len(logits), device=logits.device), targets[part]] += 1
             grad_logits = grad_logits.mul_(grad_logps[part, None]).mul_(slope).to(hidden.dtype)
-            grad_hidden[part] = grad_logits @ weight
             if kept is None:
+                grad_hidden[part] = grad_logits @ weight
                 grad_weight += (grad_logits.T @ hidden[part]).to(log_sums.dtype)
             else:
                 kept[part] = grad_logits
-        grad_weight = grad_weight.to(weight.dtype) if kept is None else kept.T @ hidden
-        return grad_hidden, grad_weight, None, None, None, None
+        if kept is None:
+            return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        return kept @ weight, kept.T @ hidden, None, None, None
 
 
-def slices(hidden, weight):
-    """Slices of the N scored tokens, whose logits take at most 256 MiB in float32; on a CPU a
-    quarter of it, as more passes by its cache."""
-    size = max(1, 2 ** (26 if weight.is_cuda else 24) // len(weight))
+def slices(hidden, weight, kept):
+    """Slices of the N scored tokens, whose logits take at most 256 MiB in float32; on a CPU 4 MiB,
+    which stay in its cache from pass to pass, unless a product of so few rows is to be computed."""
+    small = kept is not None and not weight.is_cuda
+    size = max(1, 2 ** (20 if small else 26) // len(weight))
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
@@ -750,6 +763,12 @@ class Metrics:
                 save_file(values, path)
 
 
+def clip_gradients(model, max_norm):
+    """Scales the gradients down to a norm of at most max_norm. Returns that of before, of the whole
+    model's. All processes must call this."""
+    return gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
+
+
 def stop_unless_finite(grad_norm, metrics, train, step):
     """Ends the run before an update by a gradient or a loss that is not finite."""
     rows = np.concatenate([rows for rows, *_ in metrics.batches])
@@ -761,12 +780,10 @@ def stop_unless_finite(grad_norm, metrics, train, step):
     raise SystemExit(f"stopped in step {step + 1}: gradient norm {grad_norm}, {where}")
 
 
+@torch.no_grad()
 def stop_unless_weights_finite(model):
     """Ends the run before it saves infinite weights. All processes must call this."""
-    finite = [parameter.to_local().isfinite().all() for parameter in model.parameters()]
-    finite = torch.stack(finite).all().cpu().int()
-    dist.all_reduce(finite, dist.ReduceOp.MIN)
-    if not finite:
+    if not gathered(torch.nn.utils.get_total_norm(model.parameters())).isfinite():
         raise SystemExit("stopped: weights are not finite, and not saved; lower --learning_rate")
 
 
@@ -926,9 +943,9 @@ def export(model, tokenizer, args, run, folder=None):
     stop_unless_weights_finite(model)
     weights, persistent = {}, model.hf_model.state_dict().keys()  # not what the config determines
     for name, parameter in model.hf_model.named_parameters():  # a tied weight comes once
-        whole = parameter.detach().full_tensor()
+        tensor = gathered(parameter.detach())
         if run.rank == 0:
-            weights[name] = whole.to("cpu", model.tensor_dtypes[name])
+            weights[name] = tensor.to("cpu", model.tensor_dtypes[name])
     for name, buffer in model.hf_model.named_buffers():
         if run.rank == 0 and name in persistent:
             weights[name] = buffer.to("cpu", model.tensor_dtypes[name])

@@ -59,7 +59,7 @@ class Args:
     max_steps: int = HfArg(default=0, help="optimizer steps, instead of epochs; 0 is off")
     batch_size: int = HfArg(default=128, help="rows of an optimizer step, over all processes")
     tokens_per_micro_batch: int = HfArg(
-        default=7168, help="tokens of a forward pass: sets the memory"
+        default=common.MICRO_BATCH_TOKENS, help="tokens of a forward pass: sets the memory"
     )
     max_length: int = HfArg(default=2048, help="tokens of prompt and completion; longer is cut")
     warmup_ratio: float = HfArg(default=0.1, help="share of the steps with linear warm-up")
@@ -152,8 +152,7 @@ def main(args):
             loss = losses.sum() * run.world_size / args.batch_size
             loss.backward()
             metrics.add_pairs(batch, logps, losses, *rewards)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        grad_norm = grad_norm.full_tensor().item()  # of the whole model, before clipping
+        grad_norm = common.clip_gradients(model, args.max_grad_norm)  # the norm before clipping
         common.stop_unless_finite(grad_norm, metrics, train, step)
         if step == 0 and uses_reference(args):
             common.check_reference(metrics, train, run)

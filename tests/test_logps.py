@@ -168,7 +168,7 @@ def test_logits_recomputed_and_in_slices_give_the_same_gradients(tmp_path, monke
     logps, expected = packed(start), gradients(start)
     for rows in (10**6, 7):
         starts = range(0, 10**4, rows)
-        monkeypatch.setattr(common, "slices", lambda x, _, starts=starts: slices(starts, len(x)))
+        monkeypatch.setattr(common, "slices", lambda x, *_, at=starts: slices(at, len(x)))
         for kept_bytes in (0, 4e9):
             monkeypatch.setattr(common, "KEPT_LOGITS_BYTES", kept_bytes)
             torch.testing.assert_close(packed(start), logps, atol=4e-5, rtol=0)
@@ -206,6 +206,8 @@ def test_token_logps_in_float64(kept_bytes, softcap, monkeypatch):
 def test_the_head_is_whole_before_its_logits_are_taken_in_slices(tmp_path, monkeypatch):
     """FSDP has gathered it, once: a sharded one would be gathered again for each slice."""
     start = settle(tiny.model(tmp_path / "model"), tiny.pairs(tmp_path / "pairs.jsonl", 4))
+    start.run.compute_dtype = torch.bfloat16  # in float32 one process has nothing to shard
+    start.model = common.load_model(start.args, start.run)
     token_logps, heads = common.token_logps, []
 
     def recorded(hidden, weight, *rest):

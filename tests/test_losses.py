@@ -269,11 +269,14 @@ def test_token_logps_of_bfloat16_are_float32():
 
 
 def test_slices_cover_all_rows_within_their_size():
-    """2^24 float32 logits, on a CPU: two rows of a vocabulary of 2^23, one of any larger one."""
-    hidden = torch.empty(5, 0)
-    assert common.slices(hidden, torch.empty(2**23, 0)) == [slice(0, 2), slice(2, 4), slice(4, 6)]
-    assert common.slices(hidden, torch.empty(2**25, 0)) == [slice(row, row + 1) for row in range(5)]
-    assert common.slices(hidden, torch.empty(100, 0)) == [slice(0, 2**24 // 100)]
+    """Of kept logits 2^20 numbers at a time, on a CPU, of others 2^26; one row, if it has more."""
+    hidden, kept = torch.empty(5, 0), torch.empty(())
+    pairs = [slice(0, 2), slice(2, 4), slice(4, 6)]
+    assert common.slices(hidden, torch.empty(2**19, 0), kept) == pairs
+    assert common.slices(hidden, torch.empty(2**25, 0), None) == pairs
+    alone = [slice(row, row + 1) for row in range(5)]
+    assert common.slices(hidden, torch.empty(2**21, 0), kept) == alone
+    assert common.slices(hidden, torch.empty(100, 0), kept) == [slice(0, 2**20 // 100)]
 
 
 def loss_at(script, point, lengths=(1, 1), **knobs):

@@ -210,7 +210,7 @@ DRIFTS = {
     "comment": ("so we multiply", "hence the product"),
     "blank line": ("        optimizer.step()\n", "        optimizer.step()\n\n"),
     "evaluation": ('metrics.reduce("eval/")', 'metrics.reduce("test/")'),
-    "shared default": ("default=7168", "default=8192"),
+    "shared default": ("default=2048", "default=4096"),
     "shared help": ('"passes over the training rows"', '"epochs"'),
     "new field": ("    dataset: str", "    floor: float = 0.0\n    dataset: str"),
     "new function": (

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 import alphapo
 import common
@@ -66,9 +67,10 @@ class Recorder(torch.optim.AdamW):
     def step(self):
         if Recorder.gradients is None:
             parameters = self.param_groups[0]["params"]
-            whole = [parameter.grad.full_tensor().cpu() for parameter in parameters]
+            whole = [common.gathered(parameter.grad).cpu() for parameter in parameters]
             Recorder.gradients = {str(i): gradient for i, gradient in enumerate(whole)}
-            Recorder.shard_size = sum(p.to_local().numel() for p in parameters)
+            own = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+            Recorder.shard_size = sum(shard.numel() for shard in own)
         super().step()
 
 
