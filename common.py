@@ -763,12 +763,6 @@ class Metrics:
                 save_file(values, path)
 
 
-def clip_gradients(model, max_norm):
-    """Scales the gradients down to a norm of at most max_norm. Returns that of before, of the whole
-    model's. All processes must call this."""
-    return gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
-
-
 def stop_unless_finite(grad_norm, metrics, train, step):
     """Ends the run before an update by a gradient or a loss that is not finite."""
     rows = np.concatenate([rows for rows, *_ in metrics.batches])

@@ -102,7 +102,8 @@ def main(args):
             loss = sft_loss(logps, batch.lengths) * share_of_step * run.world_size
             loss.backward()
             metrics.add(batch, logps, -logps, {"loss": (-logps, batch.lengths)})
-        grad_norm = common.clip_gradients(model, args.max_grad_norm)  # the norm before clipping
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = common.gathered(grad_norm).item()  # of the whole model, before clipping
         common.stop_unless_finite(grad_norm, metrics, train, step)
         learning_rate = common.learning_rate(step, num_steps, args)
         optimizer.param_groups[0]["lr"] = learning_rate

@@ -152,10 +152,14 @@ def config_of(name, layers=None):
     )
 
 
-def attention_of_gpus(*args, **kwargs):
-    """common's attention as it is on a GPU: the operator's fake looks at no device."""
-    with mock.patch.object(FakeTensor, "is_cuda", True):
-        return common.packed_attention(*args, **kwargs)
+def on_gpu(function):
+    """A function of common.py as it is on a GPU: the operators' fakes look at no device."""
+
+    def wrapped(*args, **kwargs):
+        with mock.patch.object(FakeTensor, "is_cuda", True):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def batch_of(tokens, max_length=MAX_LENGTH):
@@ -201,11 +205,12 @@ def simulate(config, batch, gpus=1, checkpointing=False, fake=True, as_on_gpu=Tr
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     mesh = dist.init_device_mesh("cpu", (gpus,))
-    run = SimpleNamespace(mesh=mesh, compute_dtype=torch.bfloat16)
+    run = SimpleNamespace(mesh=mesh, compute_dtype=torch.bfloat16, world_size=gpus)
     with torch.device("meta"):
         model = common.LogprobModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     if as_on_gpu:
-        AttentionInterface.register("packed", attention_of_gpus)
+        AttentionInterface.register("packed", on_gpu(common.packed_attention))
+    slices = on_gpu(common.slices) if as_on_gpu else common.slices
     common.shard(model, dpo.Args(gradient_checkpointing=checkpointing), run)
     live = Live()
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
@@ -218,7 +223,8 @@ def simulate(config, batch, gpus=1, checkpointing=False, fake=True, as_on_gpu=Tr
                 torch.nn.init.constant_(getattr(tensor, "_local_tensor", tensor), 0.01)
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
         common.init_adamw(optimizer)
-        step(model, optimizer, batch, live)
+        with mock.patch.object(common, "slices", slices):
+            step(model, optimizer, batch, live)
     return live.peaks
 
 

@@ -148,7 +148,7 @@ def sweep(work, args, bar):
 def compare(name, args):
     """All of one model, for the JSON."""
     settings, runs = settings_of_trl(args.batch_size), {}
-    total = len(settings) + args.repeats * (1 + 2 * len(MALLOC))
+    total = len(settings) + args.repeats * (1 + 2 * len(MALLOC)) + 1
     with tempfile.TemporaryDirectory() as folder, tqdm(desc=name, total=total, unit="run") as bar:
         work = Path(folder)
         parameters = write_model(name, work / "model")
@@ -161,6 +161,8 @@ def compare(name, args):
                 done = run(kind, work, args, malloc=malloc, trl=settings[best])
                 runs.setdefault(who, []).append(done)
                 bar.update()
+        shares = run("profile", work, args)["shares"]
+        bar.update()
     losses = {who: [x["losses"] for x in runs[who]] for who in turns}
     wanted = losses[TRL][0]
     apart = max(
@@ -169,7 +171,7 @@ def compare(name, args):
         for line in lines
         for x, y in zip(line, wanted, strict=True)
     )
-    found = dict(parameters=parameters, sweep=tried, best=best, runs=runs)
+    found = dict(parameters=parameters, sweep=tried, best=best, runs=runs, shares=shares)
     return found | dict(losses_apart=apart, may_be_apart=AGREE, void=not apart <= AGREE)
 
 
@@ -279,10 +281,12 @@ def notes(found):
     flops = sum(found["runs"][LIMIT][0]["flops_per_pair"].values())
     loads = [each["load"] for runs in found["runs"].values() for each in runs]
     sweep = [f"{how} {x['pairs_per_second']:.2f}" for how, x in found["sweep"].items()]
+    most = [f"{name} {100 * share:.0f} %" for name, share in list(found["shares"].items())[:8]]
     return (
         f"Losses agree to {found['losses_apart']:.1e}. TRL's sweep, pairs/s: {'; '.join(sweep)};"
         f" {found['best']} was taken. A pair needs {flops / 1e9:.1f} GFLOP."
-        f" The load before a run was {min(loads):.1f} to {max(loads):.1f}."
+        f" The load before a run was {min(loads):.1f} to {max(loads):.1f}.\n\n"
+        f"Where dpo.py's time in PyTorch's operators goes, in a step: {', '.join(most)}."
     )
 
 

@@ -1,5 +1,6 @@
 """One run of bench/speed.py, as a process of its own, so that its peak memory is its own: `ours`
-trains by dpo.py, `trl` by TRL's DPOTrainer, `limit` measures the matrix products that both need.
+trains by dpo.py, `trl` by TRL's DPOTrainer, `limit` measures the matrix products that both need,
+`profile` says which operators the time of a step of dpo.py goes to.
 
     python bench/speed_run.py ours '{"model": ..., ...}'        # the keys of speed.py's `job`
 
@@ -66,13 +67,41 @@ class Clock:
         )
 
 
-def ours(job):
+class ProfilingClock(Clock):
+    """One that profiles the second step."""
+
+    def __init__(self):
+        super().__init__()
+        kinds = torch.profiler.ProfilerActivity
+        kinds = [kinds.CPU, kinds.CUDA] if GPU else [kinds.CPU]
+        self.profiler = torch.profiler.profile(activities=kinds)
+
+    def step(self):
+        super().step()
+        if len(self.ends) == 1:
+            self.profiler.start()
+        elif len(self.ends) == 2:
+            self.profiler.stop()
+
+    def report(self, job):
+        """{operator: its share of the time in operators}, the largest first."""
+        rows = [x for x in self.profiler.key_averages() if x.key.startswith("aten::")]
+        seconds = {x.key: x.self_device_time_total if GPU else x.self_cpu_time_total for x in rows}
+        shares = {key[6:]: x / sum(seconds.values()) for key, x in seconds.items()}
+        return dict(shares=dict(sorted(shares.items(), key=lambda item: -item[1])))
+
+
+def profile(job):
+    return ours(job | dict(steps=2), ProfilingClock())
+
+
+def ours(job, clock=None):
     """dpo.py as it is; only its clock is read from outside."""
     sys.path.insert(0, str(ROOT))
     import common
     import dpo
 
-    clock, log = Clock(), common.Run.log
+    clock, log = clock or Clock(), common.Run.log
 
     def log_and_note(run, step, metrics):
         log(run, step, metrics)
@@ -193,4 +222,5 @@ def matmul_rate(outputs, inputs, tokens=2048, repeats=5):
 
 if __name__ == "__main__":
     kind, job = sys.argv[1:]
-    print(json.dumps({"ours": ours, "trl": trl, "limit": limit}[kind](json.loads(job))))
+    kinds = {"ours": ours, "profile": profile, "trl": trl, "limit": limit}
+    print(json.dumps(kinds[kind](json.loads(job))))

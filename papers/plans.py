@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from terminal import fail  # noqa: E402
 
-RUNS = ROOT / "runs/papers"  # plans.RUNS elsewhere: --quick has a folder of its own
+RUNS = ROOT / "runs/papers"
 PLANS = yaml.safe_load((ROOT / "papers/plans.yaml").read_text())
 RECIPE = yaml.safe_load((ROOT / "recipes/toy.yaml").read_text())
 EPOCH = 128  # steps: 2,048 pairs, 16 a step
@@ -106,23 +106,6 @@ def chosen(method):
     best = max(grid(method), key=lambda run: run.scores()["good"])
     entry = PLANS["methods"][method]
     return runs_of(entry | {key: best.settings[key] for key in entry if key in best.settings})
-
-
-def shorten():
-    """Makes --quick's plans of all: the ends of their lists, one seed, half an epoch."""
-    global RUNS
-    RUNS = ROOT / "runs/papers-quick"
-    for name, entries in PLANS["plans"].items():
-        PLANS["plans"][name] = [shortened(entry) for entry in entries]
-    for name, entry in PLANS["methods"].items():
-        PLANS["methods"][name] = shortened(entry)
-
-
-def shortened(entry):
-    lists = {key: value for key, value in entry.items() if isinstance(value, list)}
-    ends = {key: [value[0], value[-1]] for key, value in lists.items()}
-    half = dict(max_steps=EPOCH // 2, eval_every=EPOCH // 2, export_every=0)
-    return entry | ends | half | dict(seeds=[0])
 
 
 def sweep(words):

@@ -3,7 +3,7 @@
     python papers/run.py all               # every plan of plans.yaml; papers/results.md at the end
     python papers/run.py alpha targets     # two of its plans, and their pictures
     python papers/run.py sweep alphapo alpha=-2,-1,0,0.25,1,2 seeds=0,1,2    # one of your own
-    python papers/run.py all --quick       # the ends of each list, one seed, half an epoch
+    python papers/run.py --quick           # eight short runs, held to what their losses imply
 
 A run is a folder of runs/papers, named after what differs from recipes/toy.yaml: what stands there
 is not trained again, and what was interrupted goes on. Its scores (toy/score.py) are in its eval/.
@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import figures
 import plans
+import quick
 from plans import ROOT, fail
 from tqdm.auto import tqdm
 
@@ -99,6 +100,9 @@ def judge(models, seed):
 
 
 def main(args):
+    if args.quick:
+        finish(quick.runs().values(), args.at_once)
+        raise SystemExit(0 if quick.report() else 1)
     first, *words = args.plans
     if first == "sweep":
         if not words:
@@ -106,8 +110,6 @@ def main(args):
         runs = plans.sweep(words)
         finish(runs, args.at_once)
         return figures.draw_sweep(runs)
-    if args.quick:
-        plans.shorten()
     known = [*plans.PLANS["plans"], "methods"]
     names = known if first == "all" else args.plans
     if unknown := set(names) - set(known):
@@ -120,12 +122,15 @@ def main(args):
         finish(itertools.chain(*best.values()), args.at_once)
         for seed, of_seed in enumerate(zip(*best.values(), strict=True)):
             judge(dict(zip(best, of_seed, strict=True)), seed)
-    figures.draw(names, complete=first == "all" and not args.quick)
+    figures.draw(names, complete=first == "all")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("plans", nargs="+", metavar="PLAN", help="of plans.yaml; all; sweep ...")
-    parser.add_argument("--quick", action="store_true", help="the ends of lists, half an epoch")
+    parser.add_argument("plans", nargs="*", metavar="PLAN", help="of plans.yaml; all; sweep ...")
+    parser.add_argument("--quick", action="store_true", help="eight short runs, and their checks")
     parser.add_argument("--at_once", type=int, default=os.cpu_count(), help="processes")
-    main(parser.parse_args())
+    args = parser.parse_args()
+    if not (args.plans or args.quick):
+        parser.error(f"which plan? all, sweep, {', '.join(plans.PLANS['plans'])}, methods; --quick")
+    main(args)

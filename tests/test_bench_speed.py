@@ -63,6 +63,7 @@ def made_up(void=False):
     found[speed.LIMIT] = [one | flops for one in runs(8.0, pairs_per_second_with_reference=6.0)]
     model = dict(parameters=1000, sweep={"micro-batch 1": dict(pairs_per_second=2.5)}, runs=found)
     model |= dict(best="micro-batch 1", losses_apart=3e-6, may_be_apart=1e-4, void=void)
+    model |= dict(shares=dict(mm=0.6, exp_=0.25))
     at = dict.fromkeys(MACHINE, 2) | dict(gpu="Some GPU", peak_flops=1e11, precision="bfloat16")
     at |= dict(commit="0123456789", date="2000-01-01", versions={"torch": "1", "trl": "2"})
     settings = dict(batch_size=8, max_length=512, steps=6, repeats=2)
@@ -82,6 +83,7 @@ def test_page_and_figure_of_a_report(tmp_path):
     assert row in text.splitlines()
     assert "Losses agree to 3.0e-06. TRL's sweep, pairs/s: micro-batch 1 2.50;" in text
     assert "A pair needs 5.0 GFLOP." in text and "Void" not in text
+    assert "operators goes, in a step: mm 60 %, exp_ 25 %." in text
     assert "**Void: losses are up to 3.0e-06 apart.**" in speed.page([made_up(void=True)])
     speed.draw([made_up()], tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 5000
@@ -107,6 +109,8 @@ def test_losses_that_differ_make_a_comparison_void(off, monkeypatch, tmp_path, c
     turns = []
 
     def run(kind, work, args, malloc="", trl=None, steps=None):
+        if kind == "profile":
+            return dict(shares=dict(mm=1.0))
         turns.append((kind, malloc, trl["micro_batch"]))
         rate = {"trl": 1 / (1 + abs(trl["micro_batch"] - 4)), "ours": 3, "limit": 6}[kind]
         done = dict(pairs_per_second=rate, pairs_per_second_with_reference=rate / 2, load=0.5)
@@ -152,6 +156,10 @@ def test_our_run_is_clocked(tmp_path, monkeypatch):
     with_reference = 1 / (sum(done["step_seconds"]) / 8 + done["reference_seconds"] / 12)
     assert done["pairs_per_second_with_reference"] == pytest.approx(with_reference)
     assert 0.1 < done["peak_gb"] < 20
+    (tmp_path / "again").mkdir()
+    shares = speed_run.profile(job | dict(folder=str(tmp_path / "again")))["shares"]
+    assert sum(shares.values()) == pytest.approx(1) and shares["mm"] > 0.05
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
 
 
 def test_without_trl_it_says_what_to_install(monkeypatch, capsys):

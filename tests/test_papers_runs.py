@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "papers"))
 import figures  # noqa: E402
 import plans  # noqa: E402
+import quick  # noqa: E402
 import run as runner  # noqa: E402
 
+SHORT = "max_steps=48", "eval_every=48"
 SPO = dict(script="spo", beta=[0.2, 0.4], alpha=0)
 
 
@@ -217,22 +219,36 @@ def test_the_page_of_the_repository_was_written_by_the_command():
 
 
 # ---- Real runs ----
-def test_a_sweep_ends_where_the_losses_say():
-    """SPO's margin comes near its target of 1/beta, 2.5 nats, and stays below 5 nats, where beta is
-    half as large; a second start trains nothing and draws the same."""
-    command = "papers/run.py sweep spo alpha=0 beta=0.2,0.4 seeds=7 max_steps=48"
-    for says in ("2 runs: 2 to train, 2 models to score, about ", "2 runs: 0 to train, 0 models"):
-        done = subprocess.run(
-            [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(says)
-    wide, narrow = plans.sweep(command.split()[2:])
-    margins = [figures.margins(run, 48).mean() for run in (wide, narrow)]
-    assert 2.0 < margins[1] < 2.5 < margins[0] < 5.0
-    scores = [figures.score(run, "good") for run in (wide, narrow)]
-    assert all(score > 50 for score in scores), scores
-    for beta, good in zip((0.2, 0.4), scores, strict=True):
-        assert f"| {beta} | {good:.2f} | " in done.stdout
-    for run in (wide, narrow):
+def papers_run(*words):
+    command = [sys.executable, "papers/run.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_quick_runs_end_where_their_losses_say():
+    """And a sweep of two of the same runs trains nothing, and draws them."""
+    code, printed = papers_run("--quick")
+    assert code == 0, printed
+    assert printed.startswith("8 runs: ") and printed.count("| yes |") == 5
+    code, printed = papers_run(*"sweep spo alpha=0 beta=0.2,0.4 seeds=7".split(), *SHORT)
+    assert code == 0 and printed.startswith("2 runs: 0 to train, 0 models to score\n"), printed
+    runs = quick.runs()
+    for beta in (0.2, 0.4):
+        good = figures.score(runs[f"SPO, beta {beta}"], "good")
+        assert good > 50 and f"| {beta} | {good:.2f} | " in printed
+    for run in runs.values():
         shutil.rmtree(run.folder)
+
+
+def test_quick_fails_where_a_margin_is_not_what_its_loss_says(runs_folder, capsys):
+    for run in quick.runs().values():
+        write_run(run, 0.5, -3.0, 0.6)  # a margin of 3.5 for all: beyond SPO's target of 2.5
+    assert not quick.report()
+    assert capsys.readouterr().out.count("| NO |") == 5
+
+
+def test_what_to_run_has_to_be_said():
+    code, printed = papers_run()
+    assert code == 2 and "which plan? all, sweep, recipe, alpha, " in printed
+    code, printed = papers_run("alfa")
+    assert code == 2 and "no plan alfa: there are all, sweep, recipe, alpha, " in printed
