@@ -45,10 +45,11 @@ def statements():
         f"{mean['IPO']:.2f}",
         1.5 < mean["IPO"] < 2.5,
     )
+    two, alone = rejected["SPO, two terms"], rejected[one]
     yield (
-        "SPO's second term stops rejected log-ratios near -1/alpha = -1.25, where one term goes on",
-        f"{rejected['SPO, two terms']:.2f}, {rejected[one]:.2f}",
-        rejected[one] < rejected["SPO, two terms"] - 0.2 and rejected["SPO, two terms"] > -1.5,
+        "SPO's second term keeps rejected log-ratios nearer to -1/alpha = -1.25 than one term does",
+        f"{two:.2f}, {alone:.2f}",
+        abs(two + 1.25) < abs(alone + 1.25) - 0.2,
     )
     yield (
         "DPO's Z, whose loss has no minimum, grows beyond SPO's, and further where beta is smaller",

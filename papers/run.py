@@ -67,14 +67,14 @@ def score(runs):
     out.unlink()
 
 
-def finish(runs, at_once):
-    """Trains and scores what is not there yet, `at_once` processes at a time."""
+def finish(runs, at_once, scored=True):
+    """Trains, and scores if wanted, what is not there yet, `at_once` processes at a time."""
     runs = list(dict.fromkeys(runs))  # a run of two plans is one
     todo = [run for run in runs if not trained(run)]
-    unscored = [run for run in runs if not run.score_file(run.steps).exists()]
+    unscored = [run for run in runs if scored and not run.score_file(run.steps).exists()]
     models = sum(len(run.models) for run in unscored)
     seconds = sum(START_UP + STEP * run.steps for run in todo) + SCORE * models
-    ahead = f", about {seconds / at_once / 60:.0f} minutes, {at_once} at a time" if models else ""
+    ahead = f", about {seconds / at_once / 60:.0f} minutes, {at_once} at a time" if seconds else ""
     print(f"{len(runs)} runs: {len(todo)} to train, {models} models to score{ahead}", flush=True)
 
     def seed(run):
@@ -101,7 +101,7 @@ def judge(models, seed):
 
 def main(args):
     if args.quick:
-        finish(quick.runs().values(), args.at_once)
+        finish(quick.runs().values(), args.at_once, scored=False)
         raise SystemExit(0 if quick.report() else 1)
     first, *words = args.plans
     if first == "sweep":
