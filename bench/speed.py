@@ -249,7 +249,8 @@ def section(report):
     lines += [
         f"{at['cores']} CPU cores, {at['threads']} threads; {at['precision']}; {versions}; commit"
         f" {at['commit'][:7]}, {at['date']}. {settings['batch_size']} pairs a step, rows cut to"
-        f" {settings['max_length']} tokens; {settings['steps'] - 1} steps are timed in each of"
+        f" {settings['max_length']} tokens, {settings['tokens_per_micro_batch']:,} tokens in a"
+        f" micro-batch of dpo.py; {settings['steps'] - 1} steps are timed in each of"
         f" {settings['repeats']} repeats."
     ]
     for name, found in report["models"].items():

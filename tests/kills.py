@@ -464,7 +464,7 @@ def main():
         kill_many(kills, args)
     print(table(kills, args.processes))  # also of a part, after Ctrl-C
     lost = [case for case in kills.cases if case.losses]
-    missed = args.kills - kills.counts().total()
+    missed = max(0, args.kills - kills.counts().total())  # a run's last kills may be more
     for case in lost:
         (case.folder / "losses.json").write_text(json.dumps([case.kills, case.losses], indent=2))
     minutes = (time.monotonic() - begun) / 60

@@ -66,7 +66,7 @@ def made_up(void=False):
     model |= dict(shares=dict(mm=0.6, exp_=0.25))
     at = dict.fromkeys(MACHINE, 2) | dict(gpu="Some GPU", peak_flops=1e11, precision="bfloat16")
     at |= dict(commit="0123456789", date="2000-01-01", versions={"torch": "1", "trl": "2"})
-    settings = dict(batch_size=8, max_length=512, steps=6, repeats=2)
+    settings = dict(batch_size=8, max_length=512, steps=6, repeats=2, tokens_per_micro_batch=1024)
     return dict(machine=at, settings=settings, models={"9M": model})
 
 
