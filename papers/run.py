@@ -10,6 +10,7 @@ is not trained again, and what was interrupted goes on. Its scores (toy/score.py
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -18,11 +19,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import figures
 import plans
-import quick
 from plans import ROOT, fail
 from tqdm.auto import tqdm
+
+if not importlib.util.find_spec("matplotlib"):
+    fail("the figures need matplotlib: pip install matplotlib")
+import figures  # noqa: E402
+import quick  # noqa: E402
 
 REQUESTS = 128  # that are answered; for the choice among settings, others
 START_UP, STEP, SCORE = 14, 0.12, 6  # seconds of one core, for the estimate that is printed first

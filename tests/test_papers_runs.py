@@ -247,6 +247,14 @@ def test_quick_fails_where_a_margin_is_not_what_its_loss_says(runs_folder, capsy
     assert capsys.readouterr().out.count("| NO |") == 5
 
 
+def test_matplotlib_is_asked_for():
+    code = "import sys; sys.modules['matplotlib'] = None; sys.path[0] = 'papers'; import run"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the figures need matplotlib: pip install matplotlib\n"
+
+
 def test_what_to_run_has_to_be_said():
     code, printed = papers_run()
     assert code == 2 and "which plan? all, sweep, recipe, alpha, " in printed
