@@ -236,8 +236,8 @@ each number of the width.""",
 micro-batch costs whatever its size: operators, metrics and, with several processes, communication.
 Memory is what the activations of a micro-batch take, above the states.""",
     "Processes": """They share a step's work and the states. What CPU seconds they take more is
-communication; what keeps wall seconds from falling by half is that, waiting for the slower one, and
-want of a free core.""",
+FSDP's copies and communication, which one process leaves out; what keeps wall seconds from falling
+by half is that, waiting for the slower one, and want of a free core.""",
     "Rows": """Tokenizing passes over the rows once, in as many processes as there are cores. Each
 later start reads a few numbers and a hash of each row, in Python. A step's rows cost the same
 however many there are, but for the shuffle, which is made once an epoch.""",
