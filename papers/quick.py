@@ -1,7 +1,6 @@
 """Eight short runs, and what their losses imply of their numbers: python papers/run.py --quick
 
-The statements are about where a loss has its minimum, so that a wrong sign, a swapped pair or a
-factor of two in a loss breaks them, on any machine."""
+The statements follow from where a loss has its minimum, or from its having none."""
 
 import figures
 import numpy as np
