@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 from tqdm.auto import tqdm
 
 from curves import read_run
+from toy.judge import grade
 
 matplotlib.use("Agg")
 HERE = Path(__file__).resolve().parent
@@ -232,10 +233,11 @@ def histograms():
     """How far do the losses drive Z? StaPO, Figure 2 and Appendix A: histograms of the contrastive
     logit after epochs 1, 3 and 5, with the margins of SimPO and StaPO drawn in."""
     names = {"dpo": "DPO, beta 0.1", "alphapo": "SimPO", "stapo": "StaPO"}
+    splits = dict(train_prefs="training", test_prefs="held-out")
     figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex="col", squeeze=False)
-    rows = []
-    for line, (pairs, runs) in enumerate(histogram_runs().items()):
-        for axis, one in zip(axes[line], runs, strict=True):
+    rows, groups = [], by(plans.plan("histograms"), "eval_split")
+    for line, (split, pairs) in enumerate(splits.items()):
+        for axis, one in zip(axes[line], groups[split], strict=True):
             steps = [0, *list(one.models)[::2]]  # before training, after epochs 1, 3 and 5
             every = [margins(one, step) for step in steps]
             edges = np.linspace(*np.quantile(np.concatenate(every), [0.002, 0.998]), 41)
@@ -257,15 +259,6 @@ def histograms():
     picture = save(figure, "histograms", "Histograms of Z after epochs 0, 1, 3 and 5")
     head = ["", "pairs", "start: median (quartiles)", "after epoch 1", "after the last epoch"]
     return f"{picture}\n\n{table(head, rows)}"
-
-
-def histogram_runs():
-    """{kind of pairs: DPO's, SimPO's and StaPO's run of seed 0}."""
-    training = plans.plan("training_pairs")
-    held_out = [
-        plans.make_run(x.script, x.settings | dict(eval_split="test_prefs")) for x in training
-    ]
-    return {"training": training, "held-out": held_out}
 
 
 def margins_of(one):
@@ -314,15 +307,32 @@ def epochs():
 
 
 def margins_table():
-    """How much do StaPO's margins matter? StaPO, Table 2: pairs of margins, here after epoch 2."""
+    """How much do StaPO's margins matter? StaPO, Table 2: good answers and the paper's win rates
+    after epochs 1, 3 and 5, for its eight pairs of margins; here they are 2.5 times as large."""
+    papers = {  # by the paper's margins
+        (0.2, 0.4): (54.92, 58.14, 59.63),
+        (0.4, 0.6): (57.88, 59.62, 60.46),
+        (0.6, 0.8): (58.84, 61.22, 61.97),
+        (0.8, 1.0): (59.50, 61.15, 61.49),
+        (0.4, 0.8): (57.29, 59.45, 61.20),
+        (0.4, 1.0): (57.03, 60.03, 60.84),
+        (0.6, 1.0): (59.04, 60.84, 61.33),
+        (0.6, 1.2): (60.17, 59.32, 58.54),
+    }
     groups = by(plans.plan("margins"), "margin_left", "margin_right")
     rows = []
-    for (left, right), runs in sorted(groups.items()):
+    for (left, right), win_rates in papers.items():
+        runs = groups[2.5 * left, 2.5 * right]
         z = np.concatenate([margins(one, one.steps) for one in runs])
-        inside = 100 * np.mean((z > left) & (z < right))
-        goods = spread([score(one, "good") for one in runs])
-        rows.append([f"{left:g}", f"{right:g}", goods, f"{np.median(z):.2f}", f"{inside:.0f}"])
-    head = ["m_l", "m_r", "good, %", "median of Z at the end", "pairs between the margins, %"]
+        inside = 100 * np.mean((z > 2.5 * left) & (z < 2.5 * right))
+        steps = list(runs[0].models)[::2]
+        goods = [spread([score(one, "good", step) for one in runs]) for step in steps]
+        cells = [*goods, f"{np.median(z):.2f}", f"{inside:.0f}"]
+        here = f"{2.5 * left:g}, {2.5 * right:g}"
+        rows.append([here, *cells, f"{left:g}, {right:g}", *win_rates])
+    head = ["m_l, m_r", *(f"good after epoch {epoch}, %" for epoch in (1, 3, 5))]
+    head += ["median of Z at the end", "pairs between the margins, %"]
+    head += ["paper: m_l, m_r", *(f"epoch {epoch}, %" for epoch in (1, 3, 5))]
     return table(head, rows)
 
 
@@ -376,20 +386,20 @@ def alpha_boxes():
 
 
 def sweeps():
-    """Which alpha and gamma give good answers, how long ones, how far from the start? AlphaPO,
-    Figures 3 (left and middle), 8 and 9."""
-    figure, axes = plt.subplots(3, 2, figsize=(8, 7.4), sharex="col")
-    names = dict(alpha="alpha", gamma="gamma_beta_ratio")
+    """Which alpha, gamma and beta give good answers, how long ones, how far from the start?
+    AlphaPO, Figures 3 (left and middle), 8 and 9; for SimPO's beta StaPO, Appendix B."""
+    figure, axes = plt.subplots(3, 3, figsize=(9, 7.4), sharex="col")
+    names = dict(alpha="alpha", gamma="gamma_beta_ratio", beta="beta")
     rows = []
     for column, (plan, setting) in zip(axes.T, names.items(), strict=True):
         groups = by(plans.plan(plan), setting)
         for axis, key in zip(column, LABELS, strict=True):
             draw_scores(axis, groups, key)
-        column[-1].set_xlabel(setting)
+        column[-1].set_xlabel("beta of SimPO" if setting == "beta" else setting)
         for value, runs in groups.items():
             cells = [spread([score(one, key) for one in runs]) for key in LABELS]
             rows.append([setting, f"{value:g}", *cells])
-    picture = save(figure, "sweeps", "Quality, length and KL by alpha and gamma")
+    picture = save(figure, "sweeps", "Quality, length and KL by alpha, gamma and beta")
     return f"{picture}\n\n{table(['setting', '', *LABELS.values()], rows)}"
 
 
@@ -429,6 +439,31 @@ def grades():
     axis.legend()
     picture = save(figure, "grades", "Grades of the answers")
     return f"{picture}\n\n{table(['answers, %', *map(str, range(5))], rows)}"
+
+
+def by_request():
+    """Where SimPO loses, does AlphaPO win? AlphaPO, Figure 5 (A.8): the requests by the verdicts on
+    both models, each against a reference: gpt4_turbo there, the start here."""
+    words = ["loses", "ties", "wins"]
+    counts = np.zeros((3, 3))
+    for folder in (plans.RUNS / "judge").glob("seed-*/model_outputs"):
+        grades = []
+        for model in ("SFT", "AlphaPO", "SimPO"):
+            lines = json.loads((folder / f"{model}.json").read_text())
+            grades.append([grade(line["instruction"], line["output"]) for line in lines])
+        start, alphapo, simpo = np.array(grades)  # (requests,) each
+        np.add.at(counts, (np.sign(alphapo - start) + 1, np.sign(simpo - start) + 1), 1)
+    shares = 100 * counts / counts.sum()
+    figure, axis = plt.subplots(figsize=(4.2, 3.6))
+    axis.imshow(shares, cmap="Greys", vmin=0, vmax=100)
+    for place, share in np.ndenumerate(shares):
+        color = "white" if share > 50 else "black"
+        axis.text(*place[::-1], f"{share:.1f}", ha="center", va="center", color=color)
+    axis.set_xticks(range(3), [f"SimPO {word}" for word in words])
+    axis.set_yticks(range(3), [f"AlphaPO {word}" for word in words])
+    axis.set_title(f"% of {counts.sum():.0f} requests, against the start")
+    axis.grid(False)
+    return save(figure, "by_request", "Verdicts of AlphaPO and SimPO against the start")
 
 
 def own_pairs():
@@ -488,15 +523,16 @@ SECTIONS = {  # title: the plans it needs, the function that draws it
     "SPO, Tables 1 and 2": (["methods"], matrix),
     "All methods against one another": (["methods"], all_against_all),
     "SPO: where the log-ratios end": (["targets"], targets),
-    "StaPO, Figure 2 and Appendix A": (["training_pairs", "epochs"], histograms),
+    "StaPO, Figure 2 and Appendix A": (["histograms"], histograms),
     "StaPO, Figure 3": (["methods"], logps),
     "StaPO, Figure 4 and Table 3": (["epochs"], epochs),
     "StaPO, Table 2": (["margins"], margins_table),
     "AlphaPO, Figures 2 and 7": (["alpha"], alpha_curves),
     "AlphaPO, Figures 13 to 16": (["alpha"], alpha_boxes),
-    "AlphaPO, Figures 3 and 8, and 9": (["alpha", "gamma"], sweeps),
+    "AlphaPO, Figures 3, 8 and 9; StaPO, Appendix B": (["alpha", "gamma", "beta"], sweeps),
     "AlphaPO, Figures 10 and 11": (["epochs"], kl_and_quality),
     "AlphaPO, Figures 3 (right) and 12": (["alpha"], grades),
+    "AlphaPO, Figure 5": (["methods"], by_request),
     "Pairs of the model's own answers": ([], own_pairs),
 }
 

@@ -150,6 +150,17 @@ def write_run(run, chosen, rejected, good):
     write_scores(run, **scores, length=9.0, grades=[0, 1, 2, 3, 4])
 
 
+GOOD, BAD = "plum and kiwi.", "plum and plum."
+
+
+def write_answers(folder, **models):
+    """The answers of models, as eval_judge.py writes them for AlpacaEval."""
+    (folder / "model_outputs").mkdir(exist_ok=True)
+    for name, texts in models.items():
+        lines = [dict(instruction="Name 2 fruits.", output=text, generator=name) for text in texts]
+        (folder / f"model_outputs/{name}.json").write_text(json.dumps(lines))
+
+
 @pytest.fixture
 def made_up(runs_folder, tmp_path, monkeypatch):
     """Runs of all plans, and the folder that the page is written to."""
@@ -169,6 +180,9 @@ def made_up(runs_folder, tmp_path, monkeypatch):
         (runs_folder / f"judge/seed-{seed}").mkdir(parents=True)
         report = runs_folder / f"judge/seed-{seed}/report.json"
         report.write_text(json.dumps(dict(matrix=rates)))
+        # of four requests AlphaPO alone wins two, both win one, and SimPO loses one alone
+        write_answers(report.parent, SFT=[BAD, BAD, BAD, GOOD], AlphaPO=[GOOD] * 4)
+        write_answers(report.parent, SimPO=[BAD, BAD, GOOD, BAD])
     return tmp_path
 
 
@@ -186,17 +200,29 @@ def test_the_page_has_the_numbers_of_the_runs(made_up):
     assert target[2:] == ["+2.5", "-2.5", *(f"{x} ({x} to {x})" for x in (0.5, -3.0, 3.5))]
     (one_term,) = (row for row in rows if row[:2] == ["5", "one term"])
     assert one_term[2:4] == ["", ""]
-    # Z after training: means (-8 + 0.5) / 4 and (-9 - 3) / 4 apart, below the margins 1.6 and 2
-    (margins,) = (row for row in rows if row[:2] == ["1.6", "2"])
-    assert margins[-2:] == ["1.12", "0"]  # 4.5 / 4
+    # Z after training: means (-8 + 0.5) / 4 and (-9 - 3) / 4 apart, between the margins 1 and 1.5
+    margins = {row[0]: row for row in rows if len(row) == 10}
+    good = "61.0 (60.0 to 62.0)"
+    paper = ["0.4, 0.6", "57.88", "59.62", "60.46"]
+    assert margins["1, 1.5"] == ["1, 1.5", *[good] * 3, "1.12", "100", *paper]  # 4.5 / 4
+    assert margins["1.5, 2"][5:7] == ["0", "0.6, 0.8"]
     assert any(row == ["SPO against DPO", "61.0 (60.0 to 62.0)", "56.5", "53.73"] for row in rows)
     pictures = re.findall(r"\]\((figures/\w+\.png)\)", page)
-    assert len(pictures) == 11 and all(
+    assert len(pictures) == 12 and all(
         (made_up / file).stat().st_size > 10_000 for file in pictures
     )
     results = json.loads((made_up / "results.json").read_text())
     assert len(results) > 100 and all(result["start"]["good"] == 0.4 for result in results)
     assert all(result["log_ratios"] == [0.5, -3.0] for result in results)
+
+
+def test_verdicts_of_two_models_are_crossed(made_up, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, name, alt: drawn.append(figure))
+    figures.by_request()
+    numbers = [float(text.get_text()) for text in drawn[0].axes[0].texts]
+    # rows: AlphaPO loses, ties, wins; columns: SimPO loses, ties, wins
+    assert numbers == [0, 0, 0, 25, 0, 0, 0, 50, 25]
 
 
 def test_a_figure_says_its_question_and_its_place():

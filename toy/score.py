@@ -67,6 +67,7 @@ def kl_divergence(network, start, rows):
     """KL(network || start) in nats an answer, estimated from the network's own answers: at each of
     their tokens exactly, over the vocabulary. rows: (tokens of the prompt, ids with the answer)."""
     total = 0.0
+    rows = sorted(rows, key=lambda row: len(row[1]))  # so that little is padded
     for first in range(0, len(rows), BATCH_SIZE):
         batch = rows[first : first + BATCH_SIZE]
         ids = [torch.tensor(whole) for _, whole in batch]
