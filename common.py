@@ -137,7 +137,7 @@ class Run:
             self.compute_dtype = torch.bfloat16
         self.mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
         self.tracker = self.bar = None  # made by the first `log`, and by `progress`
-        self.pending = self.signal = 0  # that this process has had, and that all know of
+        self.pending = self.signal = 0  # that this process received, and that all have agreed on
         self.start = None  # the model's start_fingerprint, from add_reference
 
     def progress(self, first_step, num_steps):
@@ -156,18 +156,19 @@ class Run:
         with open(self.output_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.args.report_to != "none":
-            self.tracker = self.tracker or open_tracker(self.args)
+            self.tracker = self.tracker or open_tracker(self.args, step)
             self.tracker(metrics, step)
         if self.bar:  # not for step 0, which is an evaluation alone
             figures = [f"loss {metrics['loss']:.3g}"]
             if "rewards/margins" in metrics:
                 figures.append(f"margin {metrics['rewards/margins']:.2g}")
             figures.append(f"{tqdm.format_sizeof(metrics['tokens_per_second'])} tok/s")
-            self.bar.set_postfix_str(", ".join(figures), refresh=False)  # but with the next step
+            self.bar.set_postfix_str(", ".join(figures), refresh=False)  # drawn with the next step
 
     def on_signal(self, number, frame):
         """Notes a signal for Metrics.reduce. Another one, if not torchrun's copy, ends at once."""
-        if self.pending and time.monotonic() > self.signalled + 3:
+        copies = 3 if dist.is_torchelastic_launched() else 0  # seconds in which torchrun sends them
+        if self.pending and time.monotonic() > self.signalled + copies:
             signal.default_int_handler(number, frame)
         if not self.pending:
             self.pending, self.signalled = number, time.monotonic()
@@ -194,18 +195,20 @@ class Run:
         dist.destroy_process_group()
 
 
-def open_tracker(args):
+def open_tracker(args, step):
     """A function (metrics, step) that reports to wandb, trackio or tensorboard. A resumed run goes
-    on under its name there, which the file tracker.txt keeps."""
+    on under its name there, which the file tracker.txt keeps; tensorboard drops what an earlier
+    process has reported of this step and later ones."""
     if args.report_to == "tensorboard":
-        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir)
+        tensorboard = importlib.import_module("torch.utils.tensorboard")
+        writer = tensorboard.SummaryWriter(f"{args.output_dir}/tensorboard", purge_step=step)
         return lambda metrics, step: [writer.add_scalar(*item, step) for item in metrics.items()]
     file = Path(args.output_dir) / "tracker.txt"
     if not file.is_file():
         started = time.strftime("%Y%m%d-%H%M%S")
         file.write_text(f"{Path(sys.argv[0]).stem}-{Path(args.model).name}-{started}")
     name = file.read_text()
-    tracker = importlib.import_module(args.report_to)  # trackio has wandb's interface, by names
+    tracker = importlib.import_module(args.report_to)  # trackio mirrors wandb, without ids
     by_id = {"id": name} if args.report_to == "wandb" else {}
     config = settings_of(args)
     tracker.init(project=PROJECT, name=name, config=config, resume="allow", **by_id)
@@ -227,7 +230,7 @@ def claim_output(args):
         lock = files.lock(folder) if dist.get_rank() == 0 else None
     visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if visible and not ((args.resume or args.overwrite) and config.is_file()):
-        ways = "choose another; --resume or --overwrite, if they are a run's"
+        ways = "--resume continues its run, --overwrite starts over, or choose another folder"
         fail(f"--output_dir {folder} has files: {ways}")
     if lock:
         files.clean(folder)
@@ -609,7 +612,7 @@ def add_reference(model, train, held_out, args, run):
         run.start = from_rank_zero(own)
     for split in [train, held_out] if held_out else [train]:
         entropy = split is held_out
-        key = [run.start, split.fingerprint, run.compute_dtype, run.device.type, "packed", entropy]
+        key = [run.start, split.fingerprint, run.compute_dtype, run.device.type, model.way, entropy]
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
         path = run.output_dir.parent / "reference" / f"{name}.safetensors"
         # Rank 0 reads for all, as another run may be writing the file now.
@@ -620,11 +623,14 @@ def add_reference(model, train, held_out, args, run):
             with rank_zero_first(), user_errors(f"{path.parent} cannot be written"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=path.parent).close()
-        for first in range(0, len(missing), ROWS_KEPT_AT_ONCE):
-            compute_reference(model, split, missing[first:][:ROWS_KEPT_AT_ONCE], values, args, run)
-            if run.rank == 0:
-                with files.whole(path, beside=run.output_dir) as unfinished:
-                    save_file(values | {"checksum": checksum(values)}, unfinished)
+            if len(missing) < run.world_size:  # every process needs a row to compute
+                missing = np.union1d(missing, rows[: run.world_size])
+            # Parts of nearly equal size, so that the last one has rows for all processes, too.
+            for part in np.array_split(missing, math.ceil(len(missing) / ROWS_KEPT_AT_ONCE)):
+                compute_reference(model, split, part, values, args, run)
+                if run.rank == 0:
+                    with files.whole(path, beside=run.output_dir) as unfinished:
+                        save_file(values | {"checksum": checksum(values)}, unfinished)
         split.start_id, split.ref = run.start, values["logps"]
         split.ref_entropies = values.get("entropies")
         verb = "kept in" if len(missing) else "read from"
@@ -680,7 +686,7 @@ def gather_rows(split, rows, values, run):
 
 
 def check_reference(metrics, train, run):
-    """Prints the largest difference of a response's mean log-prob before any update: rounding."""
+    """Prints how far policy and reference are apart before any update: only rounding should be."""
     largest = torch.zeros(())
     for rows, _, logps, _ in metrics.batches:
         logratios = logps.view(len(rows), -1).cpu() - train.ref[rows]
@@ -703,7 +709,7 @@ class Metrics:
 
     def add(self, batch, logps, losses, values, entropies=None):
         """Adds a batch: its log-probs and, if known, entropies (R,), its losses (B,), and {name:
-        (B,)} of other values. Of a pair of (B,) the first one's sum over the second's is logged."""
+        (B,)} of other values. Of a tuple of two (B,) it logs the ratio of their sums."""
         self.batches.append((batch.rows, losses.detach(), logps.detach(), entropies))
         values = {"loss": losses} | values
         if entropies is not None:
@@ -737,9 +743,10 @@ class Metrics:
 
     def reduce(self, prefix=""):
         """{name: mean over all processes}, and tokens_per_second. All processes must call this: it
-        also tells all of a signal that one has had."""
+        also makes them agree on a SIGINT or SIGTERM that one has received."""
         totals = torch.stack(list(self.sums.values())).cpu()  # waits for the GPU: the clock is next
-        seconds = (time.perf_counter() - self.started) / self.run.world_size  # summed: the mean
+        # Each process adds its share of the seconds, so that all_reduce gives their mean.
+        seconds = (time.perf_counter() - self.started) / self.run.world_size
         tokens = self.model.tokens_computed - self.tokens_before
         signals = [self.run.pending == number for number in (signal.SIGTERM, signal.SIGINT)]
         speed = torch.tensor([[tokens, seconds if tokens else 0], signals], dtype=torch.float64)
@@ -910,7 +917,7 @@ def begin_output(first_step, args, run):
     if run.rank > 0:
         return
     if first_step == 0:
-        for name in ("checkpoints", "eval", "models"):
+        for name in ("checkpoints", "eval", "models", "tensorboard"):
             shutil.rmtree(run.output_dir / name, ignore_errors=True)
         (run.output_dir / "tracker.txt").unlink(missing_ok=True)
     with files.whole(run.output_dir / "config.yaml") as path:

@@ -21,6 +21,7 @@ import pyarrow
 import torch
 import torch.nn.functional as F
 
+import chat
 import dataset_files
 from chat import (
     TEXT,
@@ -85,7 +86,7 @@ def tokenize(split, encode, tokenizer, args):
     settings = dict(max_length=args.max_length, apply_chat_template=args.apply_chat_template)
     inputs = [raw._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     inputs += [tokenizer.special_tokens_map, encode.__name__, settings]
-    inputs += [Path(file).read_text() for file in (__file__, dataset_files.__file__)]
+    inputs += [Path(file).read_text() for file in (__file__, chat.__file__, dataset_files.__file__)]
     options = dict(
         batched=True,
         with_indices=True,
@@ -247,13 +248,13 @@ def encode_chat(row, tokenizer):
     return [example | dict(prompt=ids[:first], responses=[ids[first:]], scored=[mask[first:]])]
 
 
-def turn_span(ids, chat, i, tokenizer):
+def turn_span(ids, messages, i, tokenizer):
     """(start, end) of the assistant's turn i in the ids of the whole chat, end token included."""
-    start = common_prefix(ids, to_ids(chat[:i], tokenizer, header=True))
-    if to_ids(chat, tokenizer)[: len(ids)] == ids:  # the template writes the end tokens
+    start = common_prefix(ids, to_ids(messages[:i], tokenizer, header=True))
+    if to_ids(messages, tokenizer)[: len(ids)] == ids:  # the template writes the end tokens
         return start, ids.index(ids[-1], start) + 1  # ids[-1] is an end token
     # It writes none: a turn ends where the chat that stops after it differs from the whole one.
-    return start, common_prefix(ids, to_ids(chat[: i + 1], tokenizer))
+    return start, common_prefix(ids, to_ids(messages[: i + 1], tokenizer))
 
 
 def encode_responses(prompt, completions, tokenizer):

@@ -94,7 +94,8 @@ def read_rows(dataset, split, layouts):
         cause = error.__cause__ or error  # of a DatasetGenerationError, the reader's own
         if files and (files[0].stat().st_size == 0 or "no data!" in str(cause)):
             raise ValueError(f"{source} has no rows") from None
-        problem = "cannot be read" if path.exists() else f"{NOT_FOUND} ({OFFLINE})"
+        found = path.exists() or type(cause) is ValueError  # of datasets, about what the hub has
+        problem = "cannot be read" if found else f"{NOT_FOUND} ({OFFLINE})"
         kind = "" if type(cause) is ValueError else f"{type(cause).__name__}: "
         reason = bad_line(files) or f"{kind}{cause}"
         raise ValueError(f"{source}: {problem}: {reason}") from None
@@ -152,6 +153,11 @@ def read_hub(name, split):
     """The rows of a hub dataset's split."""
     # One short request first: load_dataset tries for half a minute to reach the hub.
     huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns="README.md")
+    builder = datasets.load_dataset_builder(name)
+    splits = list(map(str, builder.info.splits or builder.config.data_files or [split]))
+    if split not in splits:  # load_dataset says so after it has downloaded all others
+        listed = f"{', '.join(splits)} (--train_split, --eval_split)"
+        raise ValueError(f"no split {split} among {listed}")
     return datasets.load_dataset(name, split=split)
 
 

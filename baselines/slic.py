@@ -45,32 +45,32 @@ class Args:
     train_split: str = HfArg(default="train_prefs", help="split to train on")
     eval_split: str = HfArg(default="test_prefs", help="split to evaluate on; empty for none")
     max_rows: int = HfArg(default=0, help="rows of each split, for a trial; 0 is all of them")
-    apply_chat_template: bool = HfArg(default=False, help="make messages of plain strings")
-    chat_template: str = HfArg(default="", help="file, or model that has it, for a base model")
+    apply_chat_template: bool = HfArg(default=False, help="wrap plain strings in the chat template")
+    chat_template: str = HfArg(default="", help="file with one, or model to copy it from")
     output_dir: str = HfArg(default=f"runs/{Path(__file__).stem}", help="folder of the run")
     num_train_epochs: int = HfArg(default=1, help="passes over the training rows")
     max_steps: int = HfArg(default=0, help="optimizer steps, instead of epochs; 0 is off")
-    batch_size: int = HfArg(default=128, help="rows of an optimizer step, over all processes")
+    batch_size: int = HfArg(default=128, help="examples per optimizer step, over all processes")
     tokens_per_micro_batch: int = HfArg(
-        default=common.MICRO_BATCH_TOKENS, help="tokens of a forward pass: sets the memory"
+        default=common.MICRO_BATCH_TOKENS, help="tokens per forward pass; lower it if out of memory"
     )
     max_length: int = HfArg(default=2048, help="tokens of prompt and completion; longer is cut")
-    warmup_ratio: float = HfArg(default=0.1, help="share of the steps with linear warm-up")
+    warmup_ratio: float = HfArg(default=0.1, help="fraction of the steps with linear warm-up")
     lr_scheduler: Literal["cosine", "linear", "constant"] = HfArg(
-        default="cosine", help="fall of the learning rate after the warm-up"
+        default="cosine", help="decay of the learning rate after the warm-up"
     )
-    max_grad_norm: float = HfArg(default=1.0, help="longer gradients are clipped to this norm")
+    max_grad_norm: float = HfArg(default=1.0, help="the gradient is clipped to this norm")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory")
     eval_every: int = HfArg(default=100, help="steps between evaluations; 0 is off")
     save_every: int = HfArg(default=100, help="steps between checkpoints for --resume; 0 is off")
     keep_checkpoints: int = HfArg(default=2, help="how many of the newest checkpoints to keep")
     export_every: int = HfArg(default=0, help="steps between models in output_dir/models; 0 is off")
-    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
-    overwrite: bool = HfArg(default=False, help="begin anew in output_dir, if it has a run")
+    resume: bool = HfArg(default=False, help="resume from the newest checkpoint in output_dir")
+    overwrite: bool = HfArg(default=False, help="delete the run in output_dir and start over")
     report_to: Literal["none", "wandb", "trackio", "tensorboard"] = HfArg(
-        default="none", help="tracker that gets the metrics as well"
+        default="none", help="also log the metrics to this tracker"
     )
-    seed: int = HfArg(default=42, help="order of the rows; weights, if the model has none")
+    seed: int = HfArg(default=42, help="data order; weights, if the model has none")
 
     def __post_init__(self):
         if self.delta < 0 or self.nll_weight < 0:
@@ -80,7 +80,7 @@ class Args:
 
 
 def uses_reference(args):
-    """Whether the loss needs the log-probs of the policy before its first step."""
+    """Whether the loss needs the log-probs of the reference, the policy before its first step."""
     return False
 
 
@@ -118,8 +118,8 @@ def main(args):
     model = common.load_model(args, run)  # float32 weights, sharded over the processes
     common.check_model(model, train, held_out, args, run)  # against transformers' log-probs
     if uses_reference(args):
-        # Log-probs of the policy before its first step: no second model is in memory. Each batch
-        # brings its own, as batch.ref_logps.
+        # The reference is the policy as it is now. Its log-probs are computed once, and each batch
+        # has its own, as batch.ref_logps: no second model is in memory.
         common.add_reference(model, train, held_out, args, run)
     # Weights and moments are float32: bfloat16 would round nearly every update of this size away.
     # The loop sets the learning rate of each step.

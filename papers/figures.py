@@ -119,7 +119,7 @@ def draw_scores(axis, groups, key):
     values = [np.array([score(one, key) for one in runs]) for runs in groups.values()]
     lines = np.array([(x.mean(), x.min(), x.max()) for x in values]).T
     draw_band(axis, range(len(groups)), *lines, 0, None)
-    names = [" ".join(f"{x:g}" for x in np.atleast_1d(value)) for value in groups]
+    names = [" ".join(map(str, value if isinstance(value, tuple) else [value])) for value in groups]
     axis.set_xticks(range(len(groups)), names)
     axis.set_ylabel(LABELS[key])
 
@@ -139,9 +139,10 @@ def save(figure, name, alt):
 
 # ---- SPO ----
 def targets():
-    """Where do chosen and rejected log-ratios end? SPO, second paper, Section 3: the first term of
-    the loss has its minimum at a margin of 1/beta, the second at a rejected log-ratio of -1/alpha,
-    so that the chosen one ends at 1/beta - 1/alpha. One term and IPO aim at the margin alone."""
+    """Where do chosen and rejected log-ratios end? SPO, second paper, Section 3: by its Eq. 6
+    the first term of the loss is lowest at a margin of 1/beta, the second at a rejected log-ratio
+    of -1/alpha, so that the chosen one ends at 1/beta - 1/alpha. One term and IPO aim at the margin
+    alone."""
     groups = {}
     for one in plans.plan("targets"):
         if one.script == "ipo":
@@ -180,7 +181,7 @@ def targets():
 
 
 def matrix():
-    """Who wins against whom? SPO, first and second paper, Tables 1 and 2."""
+    """Who wins against whom? SPO, second paper, Tables 1 and 2; the first one's are among them."""
     papers = {  # win rates of the row against the column: Qwen2.5-7B, Llama-3.1-8B
         ("DPO", "SFT"): (91.70, 91.46),
         ("KTO", "SFT"): (84.34, 86.05),
@@ -231,7 +232,8 @@ def wins(matrices, row, column):
 # ---- StaPO ----
 def histograms():
     """How far do the losses drive Z? StaPO, Figure 2 and Appendix A: histograms of the contrastive
-    logit after epochs 1, 3 and 5, with the margins of SimPO and StaPO drawn in."""
+    logit after epochs 1, 3 and 5, with the margins of SimPO and StaPO drawn in. DPO's is here of
+    log-ratios, as in its loss."""
     names = {"dpo": "DPO, beta 0.1", "alphapo": "SimPO", "stapo": "StaPO"}
     splits = dict(train_prefs="training", test_prefs="held-out")
     figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex="col", squeeze=False)
@@ -385,22 +387,38 @@ def alpha_boxes():
     return f"{picture}\n\n{table(head, rows)}"
 
 
-def sweeps():
-    """Which alpha, gamma and beta give good answers, how long ones, how far from the start?
-    AlphaPO, Figures 3 (left and middle), 8 and 9; for SimPO's beta StaPO, Appendix B."""
-    figure, axes = plt.subplots(3, 3, figsize=(9, 7.4), sharex="col")
-    names = dict(alpha="alpha", gamma="gamma_beta_ratio", beta="beta")
+def alpha_sweep():
+    """Which alpha gives good answers, how long ones, how far from the start? AlphaPO, Figures 3
+    (middle) and 8."""
+    return sweep_of("alpha", "alpha")
+
+
+def gamma_sweep():
+    """Which gamma does? AlphaPO, Figures 3 (left) and 9; alpha is 0.25."""
+    return sweep_of("gamma", "gamma_beta_ratio")
+
+
+def beta_sweep():
+    """Which beta does, for SimPO? StaPO, Section 4.5 and Appendix B, here after two epochs."""
+    return sweep_of("beta", "beta")
+
+
+def sweep_of(plan, setting):
+    groups = by(plans.plan(plan), setting)
+    picture = save(sweep_figure(groups, setting), plan, f"Quality, length and KL by {setting}")
     rows = []
-    for column, (plan, setting) in zip(axes.T, names.items(), strict=True):
-        groups = by(plans.plan(plan), setting)
-        for axis, key in zip(column, LABELS, strict=True):
-            draw_scores(axis, groups, key)
-        column[-1].set_xlabel("beta of SimPO" if setting == "beta" else setting)
-        for value, runs in groups.items():
-            cells = [spread([score(one, key) for one in runs]) for key in LABELS]
-            rows.append([setting, f"{value:g}", *cells])
-    picture = save(figure, "sweeps", "Quality, length and KL by alpha, gamma and beta")
-    return f"{picture}\n\n{table(['setting', '', *LABELS.values()], rows)}"
+    for value, runs in groups.items():
+        rows.append([f"{value:g}", *(spread([score(one, key) for one in runs]) for key in LABELS)])
+    return f"{picture}\n\n{table([setting, *LABELS.values()], rows)}"
+
+
+def sweep_figure(groups, setting):
+    """The three scores of LABELS over the values of a setting."""
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.4))
+    for axis, key in zip(axes, LABELS, strict=True):
+        draw_scores(axis, groups, key)
+        axis.set_xlabel(setting)
+    return figure
 
 
 def kl_and_quality():
@@ -468,9 +486,9 @@ def by_request():
 
 def own_pairs():
     """Are a model's own answers, ranked, better to train on than the shipped pairs? AlphaPO,
-    Section 4.1, A.9: pairs of five answers at temperature 0.8, SPPO after others. Good answers
-    after one and two rounds of 128 steps, the second from the first one's model; from
-    on_policy.json, which `python papers/on_policy.py` writes."""
+    Section 4.1: pairs of five answers at temperature 0.8. Good answers after one and two rounds of
+    128 steps, the second from the first one's model; from on_policy.json, which
+    `python papers/on_policy.py` writes."""
     rows = []
     for name, seeds in json.loads((HERE / "on_policy.json").read_text())["results"].items():
         goods = 100 * np.array([[model["good"] for model in seed["models"]] for seed in seeds])
@@ -499,10 +517,8 @@ def methods():
     axis.set_yticks(range(len(rows)), [row[0] for row in rows])
     axis.set(xlabel="good answers, %: mean, lowest and highest seed", ylim=(len(rows) - 0.5, -0.5))
     picture = save(figure, "methods", "Good answers of all methods")
-    head = (
-        "|chosen settings|good, %|gain, points|distinct, %|entropy, nats|KL, nats|tokens|r_w, r_l"
-    )
-    return f"{picture}\n\n{table(head.split('|'), rows)}"
+    head = ["", "chosen settings", "good, %", "gain, points", "distinct, %", "entropy, nats"]
+    return f"{picture}\n\n{table([*head, 'KL, nats', 'tokens', 'r_w, r_l'], rows)}"
 
 
 def settings_and_ends(method, runs, cells):
@@ -529,7 +545,9 @@ SECTIONS = {  # title: the plans it needs, the function that draws it
     "StaPO, Table 2": (["margins"], margins_table),
     "AlphaPO, Figures 2 and 7": (["alpha"], alpha_curves),
     "AlphaPO, Figures 13 to 16": (["alpha"], alpha_boxes),
-    "AlphaPO, Figures 3, 8 and 9; StaPO, Appendix B": (["alpha", "gamma", "beta"], sweeps),
+    "AlphaPO, Figures 3 (middle) and 8": (["alpha"], alpha_sweep),
+    "AlphaPO, Figures 3 (left) and 9": (["gamma"], gamma_sweep),
+    "StaPO, Appendix B": (["beta"], beta_sweep),
     "AlphaPO, Figures 10 and 11": (["epochs"], kl_and_quality),
     "AlphaPO, Figures 3 (right) and 12": (["alpha"], grades),
     "AlphaPO, Figure 5": (["methods"], by_request),
@@ -611,9 +629,5 @@ def draw_sweep(runs):
         rows.append([*(values if len(varied) > 1 else [values]), *cells])
     print(table([*varied, *LABELS.values()], rows))
     with plt.rc_context(LOOK):
-        figure, axes = plt.subplots(1, 3, figsize=(9, 3.4))
-        for axis, key in zip(axes, LABELS, strict=True):
-            draw_scores(axis, groups, key)
-            axis.set_xlabel(", ".join(varied))
-        figure.savefig(plans.RUNS / "sweep.png")
+        sweep_figure(groups, ", ".join(varied)).savefig(plans.RUNS / "sweep.png")
     print(f"drawn: {plans.RUNS / 'sweep.png'}")

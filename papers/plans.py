@@ -5,6 +5,7 @@ import functools
 import importlib
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -112,8 +113,12 @@ def sweep(words):
     """The runs of `sweep SCRIPT setting=value,value ...`."""
     entry = dict(script=words[0])
     for word in words[1:]:
-        name, equals, values = word.partition("=")
-        if not equals:
+        name, _, values = word.partition("=")
+        if not all(values.split(",")):
             fail(f"sweep {words[0]} {word}: settings are name=value,value")
-        entry[name] = [yaml.safe_load(value) for value in values.split(",")]
+        if name == "seed":
+            fail(f"sweep {words[0]} {word}: it is seeds={values}")
+        # YAML takes 5e-5, without a point, for text.
+        numbers = [re.sub(r"^(-?\d+)e", r"\1.0e", value) for value in values.split(",")]
+        entry[name] = [yaml.safe_load(number) for number in numbers]
     return runs_of(entry)

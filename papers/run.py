@@ -20,6 +20,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import plans
+import yaml
 from plans import ROOT, fail
 from tqdm.auto import tqdm
 
@@ -29,6 +30,7 @@ import figures  # noqa: E402
 import quick  # noqa: E402
 
 REQUESTS = 128  # that are answered; for the choice among settings, others
+ANYWHERE = {"output_dir", "tokens_per_micro_batch"}  # what may differ from machine to machine
 START_UP, STEP, SCORE = 14, 0.12, 6  # seconds of one core, for the estimate that is printed first
 
 
@@ -46,7 +48,15 @@ def call(log, *words):
 
 
 def trained(run):
-    return (run.folder / "config.json").exists()  # a part of the export, with which a run ends
+    """Whether the run has ended. Ends this program where it had other settings, as a folder keeps
+    its name when recipes/toy.yaml changes."""
+    if not (run.folder / "config.json").exists():  # a part of the export, with which a run ends
+        return False
+    before = yaml.safe_load((run.folder / "config.yaml").read_text())
+    for name in run.settings.keys() & before.keys() - ANYWHERE:
+        if run.settings[name] != before[name]:
+            fail(f"{run.folder} was trained with {name} {before[name]}: delete it")
+    return True
 
 
 def train(run):

@@ -7,6 +7,8 @@ import sys
 import zipfile
 from typing import NamedTuple
 
+import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -396,6 +398,16 @@ def test_folder_with_a_split_twice_names_both(load, tmp_path, capsys):
 def test_paths_that_are_none_do_not_go_to_the_hub(start, load, capsys, monkeypatch):
     monkeypatch.setattr(dataset_files, "read_hub", lambda *_: pytest.fail("asked the hub"))
     outcome(lambda: load(common.load_pairs, start), Error(f"{start}: no such file"), capsys)
+
+
+def test_a_split_that_a_hub_dataset_lacks_is_named(load, tmp_path, capsys, monkeypatch):
+    for name in ("train", "test"):
+        write_lines(tmp_path / f"{name}.jsonl", [TEXT])
+    builder = datasets.load_dataset_builder
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda _: builder(str(tmp_path)))
+    expected = Error("org/pairs train_prefs: cannot be read: no split train_prefs among ")
+    outcome(lambda: load(common.load_pairs, "org/pairs"), expected, capsys)
 
 
 def test_a_whole_zip_writes_nothing_elsewhere(load, tmp_path, capsys):

@@ -453,6 +453,8 @@ def test_where_stapo_is_best_in_table_5():
     simpo, ours = TABLE_5["SimPO"], TABLE_5["StaPO"]
     wins = [ours > simpo for ours, simpo in zip(ours, simpo, strict=True)]
     assert [sum(wins[:8]), sum(wins[8:])] == [5, 7]
+    assert sum(wins[4:8] + wins[12:]) == 8 and sum(wins[:4] + wins[8:12]) == 4  # instruct, base
+    assert [ours[place] - simpo[place] for place in (8, 9, 10, 14)] == near(1.7, 3.0, 3.6, 0.5)
     assert [ours[12] - simpo[12], ours[13] - simpo[13]] == near(2.6, 3.1)
     others = [row for method, row in TABLE_5.items() if method != "StaPO"]
     best = [value > max(column) for value, *column in zip(ours, *others, strict=True)]
@@ -484,7 +486,7 @@ def test_stapos_tables_2_to_4():
     right = {1.2: 58.54, 1.0: 61.33, 0.8: 61.97}  # Table 2, epoch 5, margin_left 0.6
     assert sorted(right.values()) == list(right.values())
     assert max(54.92, 57.88, 58.84, 59.50, 57.29, 57.03, 59.04) < 60.17  # epoch 1: 0.6 and 1.2
-    table_2, table_3 = [58.84, 61.22, 61.97], [58.66, 60.83, 61.61]  # the same run, by the text
+    table_2, table_3 = [58.84, 61.22, 61.97], [58.66, 60.83, 61.61]  # the same margins, by 4.1
     assert all(a != b for a, b in zip(table_2, table_3, strict=True))
     dpo_mistral = [45.88, 11.19, 9.51]  # Table 3
     assert dpo_mistral[0] - dpo_mistral[2] > 36
@@ -704,6 +706,7 @@ def test_alphapos_tables_1_and_5():
     assert [percent(40.97, 36.90), percent(34.12, 31.12)] == [11.0, 9.6]  # raw win rates
     lengths = {"Mistral": (2097, 2330), "Llama": (1820, 1759), "ArmoRM": (1794, 1806)}
     assert max(percent(*pair) for pair in lengths.values()) == 3.5
+    assert percent(508, 485) == 4.7  # Arena-Hard's lengths, Llama-3
     # Arena-Hard: win rate and interval of AlphaPO, then of the best other.
     for ours, low, other, high in ((34.6, 32.9, 34.1, 35.9), (21.7, 19.9, 21.5, 23.6)):
         assert low < other < ours < high

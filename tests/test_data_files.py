@@ -27,7 +27,10 @@ from rows import (
     write_parquet,
 )
 
+import chat
 import common
+import data
+import dataset_files
 import dpo
 
 FIXTURES = cache, counted, load, refusal  # pytest finds them by these names
@@ -212,6 +215,17 @@ def test_cache_is_not_taken_for_anything_else(load, tmp_path):
     for what, change in changes.items():
         assert (rows := rows_of(change())) not in seen, what
         seen.append(rows)
+
+
+@pytest.mark.parametrize("module", [data, chat, dataset_files])
+def test_cache_is_made_anew_where_the_code_has_changed(module, load, cache, tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "rows.jsonl", [PAIR])
+    load(common.load_pairs, path)
+    before = set(cache.rglob("*.arrow"))
+    (tmp_path / "changed.py").write_text("# other code")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
+    load(common.load_pairs, path)
+    assert set(cache.rglob("*.arrow")) > before
 
 
 def test_cache_knows_the_special_tokens_that_the_template_writes(load, tmp_path):

@@ -1,5 +1,6 @@
 """Damaged files, signals and two runs at once: named in one line, nothing is lost in silence."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -189,6 +190,22 @@ def test_one_process_tells_the_others_of_its_signal(world, tmp_path):
     (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
     steps = [line["step"] for line in metrics(tmp_path / "run")]
     assert json.loads((checkpoint / "state.json").read_text())["step"] == steps[-1] == len(steps)
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_second_ctrl_c_ends_the_run_at_once(torchrun, monkeypatch):
+    """If it is not the copy of the first that torchrun sends."""
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    run = object.__new__(common.Run)
+    run.pending = 0
+    run.on_signal(signal.SIGINT, None)
+    assert run.pending == signal.SIGINT
+    with contextlib.nullcontext() if torchrun else pytest.raises(KeyboardInterrupt):
+        run.on_signal(signal.SIGINT, None)
+    run.signalled -= 4  # seconds later
+    with pytest.raises(KeyboardInterrupt):
+        run.on_signal(signal.SIGINT, None)
 
 
 def test_workers_do_not_outlive_torchrun(world, tmp_path):

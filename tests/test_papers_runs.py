@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,12 @@ def write_scores(run, **scores):
         )
 
 
+def write_config(run, **others):
+    """The two files by which a finished run is known."""
+    (run.folder / "config.json").touch()
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(run.settings | others))
+
+
 # ---- Plans ----
 def test_the_lists_of_an_entry_are_crossed():
     runs = plans.runs_of(SPO)
@@ -67,10 +74,14 @@ def test_a_sweep_is_read_from_the_command_line(capsys):
     assert [(run.settings["alpha"], run.settings["seed"]) for run in runs] == [
         (-2, 0), (-2, 1), (0.25, 0), (0.25, 1)
     ]  # fmt: skip
+    (run,) = plans.sweep("stapo contrast=simpo learning_rate=5e-5 seeds=0".split())
+    assert run.settings["learning_rate"] == 5e-5 and run.settings["contrast"] == "simpo"
     for words, error in (
         ("alfapo alpha=1", "recipes/toy.yaml has no script alfapo"),
         ("orpo alfa=1", "orpo has no setting alfa"),
         ("alphapo alpha", "sweep alphapo alpha: settings are name=value,value"),
+        ("alphapo alpha=", "sweep alphapo alpha=: settings are name=value,value"),
+        ("alphapo seed=7", "sweep alphapo seed=7: it is seeds=7"),
     ):
         with pytest.raises(SystemExit) as end:
             plans.sweep(words.split())
@@ -102,11 +113,15 @@ def test_what_is_there_is_not_run_again(runs_folder, monkeypatch, capsys):
     monkeypatch.setattr(runner, "score", scored.extend)
     for run in runs[:2]:  # the first is scored, too
         run.folder.mkdir(parents=True)
-        (run.folder / "config.json").touch()
+        write_config(run)
     write_scores(runs[0], good=0.5)
     runner.finish(runs + runs, at_once=1)
     assert trained == runs[2:] and sorted(scored, key=runs.index) == runs[1:]
     assert capsys.readouterr().out.startswith("6 runs: 4 to train, 5 models to score, about ")
+    write_config(runs[0], learning_rate=1e-3)  # as after a change of recipes/toy.yaml
+    with pytest.raises(SystemExit):
+        runner.finish(runs, at_once=1)
+    assert f"{runs[0].folder} was trained with learning_rate 0.001" in capsys.readouterr().err
 
 
 # ---- What is drawn ----
@@ -133,7 +148,7 @@ def write_run(run, chosen, rejected, good):
     """A folder as a finished run leaves it: two held-out pairs, which move in a line to log-ratios
     `chosen` and `rejected`, from log-probs of -8 and -9 nats over 4 tokens."""
     (run.folder / "eval").mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.json").touch()
+    write_config(run)
     lines, start = [], np.array([[-8.0, -9.0]] * 2, dtype=np.float32)
     for step in range(0, run.steps + 1, run.settings["eval_every"]):
         moved = np.array([chosen, rejected]) * step / run.steps
@@ -208,7 +223,7 @@ def test_the_page_has_the_numbers_of_the_runs(made_up):
     assert margins["1.5, 2"][5:7] == ["0", "0.6, 0.8"]
     assert any(row == ["SPO against DPO", "61.0 (60.0 to 62.0)", "56.5", "53.73"] for row in rows)
     pictures = re.findall(r"\]\((figures/\w+\.png)\)", page)
-    assert len(pictures) == 12 and all(
+    assert len(pictures) == 14 and all(
         (made_up / file).stat().st_size > 10_000 for file in pictures
     )
     results = json.loads((made_up / "results.json").read_text())
@@ -223,6 +238,15 @@ def test_verdicts_of_two_models_are_crossed(made_up, monkeypatch):
     numbers = [float(text.get_text()) for text in drawn[0].axes[0].texts]
     # rows: AlphaPO loses, ties, wins; columns: SimPO loses, ties, wins
     assert numbers == [0, 0, 0, 25, 0, 0, 0, 50, 25]
+
+
+def test_a_sweep_over_words_is_drawn(runs_folder, capsys):
+    runs = plans.sweep("stapo contrast=simpo,dpo beta=0.5,1 seeds=0".split())
+    for run in runs:
+        write_scores(run, good=0.6, length=9.0, kl=2.0)
+    figures.draw_sweep(runs)
+    assert "| 0.5 | simpo | 60.00 | 9.00 | 2.00 |" in capsys.readouterr().out
+    assert (runs_folder / "sweep.png").stat().st_size > 10_000
 
 
 def test_a_figure_says_its_question_and_its_place():

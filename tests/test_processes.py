@@ -63,6 +63,7 @@ def test_z0_depends_on_neither_processes_nor_budget(results):
 
 
 STEPS = dict(dpo=6, sft=3, kto=6) | {"kto-odd": 6, "stapo-simpo": 3, "alphapo": 3}
+STEPS |= {"dpo-one-row-missing": 6}
 
 
 @pytest.mark.parametrize("case, steps", STEPS.items())

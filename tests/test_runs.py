@@ -402,4 +402,4 @@ def test_config_yaml_holds_every_setting_but_resume(uninterrupted):
 def test_tensorboard_gets_the_metrics(world, tmp_path):
     pytest.importorskip("tensorboard")
     dpo.main(dpo.Args(**settings(world, tmp_path / "run", max_steps=2, report_to="tensorboard")))
-    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+    assert list((tmp_path / "run").glob("tensorboard/events.out.tfevents.*"))

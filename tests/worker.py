@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 import alphapo
@@ -46,6 +46,7 @@ CASES = {
     "stapo-simpo": (stapo, SHORT),
     "alphapo": (alphapo, SHORT | dict(use_reference=True)),
     "sft": (sft, SHORT),
+    "dpo-one-row-missing": (dpo, SHORT | dict(max_steps=6, eval_every=3)),
     "orpo-gradients": (orpo, SMALL | dict(odds_ratio_weight=0.5)),
     "sppo-gradients": (sppo, SMALL),
 }
@@ -105,14 +106,28 @@ def forgotten(check_model):
     return check
 
 
+def forget_a_row(folder):
+    """Makes one row's log-probs unknown in each reference file."""
+    for path in folder.glob("*.safetensors") if dist.get_rank() == 0 else []:
+        values = load_file(path)
+        del values["checksum"]
+        known = values["logps"][:, 0].isfinite().nonzero()[0]
+        values["logps"][known] = torch.nan
+        save_file(values | {"checksum": common.checksum(values)}, path)
+    dist.barrier()
+
+
 def main(world, out):
     dist.init_process_group("gloo")
     common.check_model = forgotten(common.check_model)
     torch.optim.AdamW, data.Batch = Recorder, RecordedBatch
     common.Run.close = lambda run: None  # one world for all cases, and no curves
+    common.ROWS_KEPT_AT_ONCE = 19  # 96 rows are five times as many and one
     add_reference = common.add_reference
     for name in cases_of(dist.get_world_size()):
         script, settings = CASES[name]
+        if name == "dpo-one-row-missing":
+            forget_a_row(Path(out) / "reference")
         RecordedBatch.tokens.clear()
         moves = name.startswith("kto-gradients")
         common.add_reference = moved(add_reference) if moves else add_reference
