@@ -188,7 +188,7 @@ class Run:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.rank == 0 and importlib.util.find_spec("matplotlib"):
             curves = importlib.import_module("curves")
-            with files.whole(self.output_dir / "curves.png") as path:
+            with files.atomic_write(self.output_dir / "curves.png") as path:
                 curves.draw([self.output_dir], path)
         else:
             print0(f"its curves: pip install matplotlib && python curves.py {self.output_dir}")
@@ -233,7 +233,7 @@ def claim_output(args):
         ways = "--resume continues its run, --overwrite starts over, or choose another folder"
         fail(f"--output_dir {folder} has files: {ways}")
     if lock:
-        files.clean(folder)
+        files.delete_unfinished(folder)
     if not visible or args.overwrite:
         return lock
     with user_errors(f"{config} is damaged: restore it, or choose another --output_dir"):
@@ -459,7 +459,7 @@ def shard(model, args, run):
     fully_shard(model, mesh=run.mesh, mp_policy=precision, reshard_after_forward=True)
 
 
-def gathered(tensor):
+def full_tensor(tensor):
     """All of a tensor, of which each process may have a part. All processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -629,7 +629,7 @@ def add_reference(model, train, held_out, args, run):
             for part in np.array_split(missing, math.ceil(len(missing) / ROWS_KEPT_AT_ONCE)):
                 compute_reference(model, split, part, values, args, run)
                 if run.rank == 0:
-                    with files.whole(path, beside=run.output_dir) as unfinished:
+                    with files.atomic_write(path, beside=run.output_dir) as unfinished:
                         save_file(values | {"checksum": checksum(values)}, unfinished)
         split.start_id, split.ref = run.start, values["logps"]
         split.ref_entropies = values.get("entropies")
@@ -664,7 +664,7 @@ def checksum(values):
 def compute_reference(model, split, rows, values, args, run):
     """Fills in these rows of what read_reference gave."""
     entropy = "entropies" in values
-    batches = data.my_batches(split, rows, args, run, "reference")
+    batches = data.rank_batches(split, rows, args, run, "reference")
     results = [(batch.rows, *model(batch, entropy)) for batch in batches]
     members, logps, entropies = zip(*results, strict=True)
     values["logps"][rows] = gather_rows(split, members, logps, run)[rows]
@@ -766,8 +766,9 @@ class Metrics:
         if split.ref is not None:
             values["reference"] = split.ref
         if self.run.rank == 0:
-            with files.whole(self.run.output_dir / f"eval/step-{step:06d}.safetensors") as path:
-                save_file(values, path)
+            path = self.run.output_dir / f"eval/step-{step:06d}.safetensors"
+            with files.atomic_write(path) as unfinished:
+                save_file(values, unfinished)
 
 
 def stop_unless_finite(grad_norm, metrics, train, step):
@@ -784,7 +785,7 @@ def stop_unless_finite(grad_norm, metrics, train, step):
 @torch.no_grad()
 def stop_unless_weights_finite(model):
     """Ends the run before it saves infinite weights. All processes must call this."""
-    if not gathered(torch.nn.utils.get_total_norm(model.parameters())).isfinite():
+    if not full_tensor(torch.nn.utils.get_total_norm(model.parameters())).isfinite():
         raise SystemExit("stopped: weights are not finite, and not saved; lower --learning_rate")
 
 
@@ -920,12 +921,12 @@ def begin_output(first_step, args, run):
         for name in ("checkpoints", "eval", "models", "tensorboard"):
             shutil.rmtree(run.output_dir / name, ignore_errors=True)
         (run.output_dir / "tracker.txt").unlink(missing_ok=True)
-    with files.whole(run.output_dir / "config.yaml") as path:
+    with files.atomic_write(run.output_dir / "config.yaml") as path:
         path.write_text(yaml.safe_dump(settings_of(args), sort_keys=False))
     log = run.output_dir / "metrics.jsonl"
     with user_errors(log):
         lines = files.read_json_lines(log) if first_step and log.is_file() else []
-    with files.whole(log) as path:  # a killed run may have gone on after its checkpoint
+    with files.atomic_write(log) as path:  # a killed run may have gone on after its checkpoint
         kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= first_step]
         path.write_text("".join(kept))
     for name in ("config.json", "curves.png"):
@@ -944,7 +945,7 @@ def export(model, tokenizer, args, run, folder=None):
     stop_unless_weights_finite(model)
     weights, persistent = {}, model.hf_model.state_dict().keys()  # not what the config determines
     for name, parameter in model.hf_model.named_parameters():  # a tied weight comes once
-        tensor = gathered(parameter.detach())
+        tensor = full_tensor(parameter.detach())
         if run.rank == 0:
             weights[name] = tensor.to("cpu", model.tensor_dtypes[name])
     for name, buffer in model.hf_model.named_buffers():

@@ -320,15 +320,15 @@ def rows_of_run(train, args):
 
 def micro_batches(train, step, args, run):
     """This process's share of a step's rows, a Batch at a time."""
-    return my_batches(train, rows_of_step(train, step, args), args, run)
+    return rank_batches(train, rows_of_step(train, step, args), args, run)
 
 
 def split_batches(split, name, args, run):
     """This process's share of a whole split, a Batch at a time, under a progress bar."""
-    return my_batches(split, np.arange(len(split)), args, run, name)
+    return rank_batches(split, np.arange(len(split)), args, run, name)
 
 
-def my_batches(split, rows, args, run, name=None):
+def rank_batches(split, rows, args, run, name=None):
     """This process's share of the rows, a Batch at a time."""
     pack, tokens = (pad_pack, split.padded_tokens) if run.padded else (bin_pack, split.tokens)
     bins = pack(tokens, rows, args.tokens_per_micro_batch, run.world_size)

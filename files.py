@@ -32,7 +32,7 @@ def lock(folder):
 
 
 @contextlib.contextmanager
-def whole(path, beside=None):
+def atomic_write(path, beside=None):
     """A path to write to, in the folder `beside` or in the file's own. The file there replaces
     `path` when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def whole(path, beside=None):
         unfinished.unlink(missing_ok=True)
 
 
-def clean(folder):
+def delete_unfinished(folder):
     """Deletes what a killed run left unfinished in its folder; .tmp files are safetensors'."""
     for place in ("", "eval/", "checkpoints/", "models/*/"):
         for path in folder.glob(f"{place}.*"):

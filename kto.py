@@ -254,7 +254,7 @@ def main(args):
             loss.backward()
             add_rows(metrics, batch, logps, losses, rewards, kl)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        grad_norm = common.gathered(grad_norm).item()  # of the whole model, before clipping
+        grad_norm = common.full_tensor(grad_norm).item()  # of the whole model, before clipping
         common.stop_unless_finite(grad_norm, metrics, train, step)
         if step == 0 and uses_reference(args):
             common.check_reference(metrics, train, run)

@@ -337,7 +337,7 @@ def write_pairs(split, examples, made_by, args):
     table = pyarrow.Table.from_pylist(rows)
     table = table.replace_schema_metadata({"sample_pairs": json.dumps(made_by)})
     path = Path(args.output_dir) / f"{split}.parquet"
-    with files.whole(path) as unfinished:
+    with files.atomic_write(path) as unfinished:
         pyarrow.parquet.write_table(table, unfinished)
     figures = distributions(rows)
     print(" " * 18 + "".join(f"{name:>9}" for name in figures["margin"]))

@@ -103,7 +103,7 @@ def main(args):
             loss.backward()
             metrics.add(batch, logps, -logps, {"loss": (-logps, batch.lengths)})
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        grad_norm = common.gathered(grad_norm).item()  # of the whole model, before clipping
+        grad_norm = common.full_tensor(grad_norm).item()  # of the whole model, before clipping
         common.stop_unless_finite(grad_norm, metrics, train, step)
         learning_rate = common.learning_rate(step, num_steps, args)
         optimizer.param_groups[0]["lr"] = learning_rate

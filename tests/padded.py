@@ -59,7 +59,7 @@ def gradients(start):
         sums, _ = start.model(batch)
         (sums.view(len(batch.rows), -1) * weights[batch.rows]).sum().backward()
     parameters = start.model.hf_model.named_parameters()
-    return {name: common.gathered(parameter.grad) for name, parameter in parameters}
+    return {name: common.full_tensor(parameter.grad) for name, parameter in parameters}
 
 
 def mixed_signs(shape):

@@ -566,7 +566,9 @@ def backward(start):
         sums, _ = start.model(batch)
         (sums.view(len(batch.rows), -1) * weights[batch.rows]).sum().backward()
     parameters = start.model.hf_model.named_parameters()
-    return {name: x.grad if x.grad is None else common.gathered(x.grad) for name, x in parameters}
+    return {
+        name: x.grad if x.grad is None else common.full_tensor(x.grad) for name, x in parameters
+    }
 
 
 def difference(start, expected):
@@ -620,7 +622,7 @@ def compare_states(found, expected, trained):
         return f"names differ: {sorted(found.keys() ^ expected.keys())[:3]}"
     values = dict(expected)
     for name, parameter in trained.named_parameters(remove_duplicate=False):
-        values[name] = common.gathered(parameter.detach())
+        values[name] = common.full_tensor(parameter.detach())
     for name, tensor in found.items():
         if tensor.dtype != expected[name].dtype:
             return f"{name} is {tensor.dtype}, not {expected[name].dtype}"

@@ -131,7 +131,7 @@ def test_damaged_texts_are_named(world, killed, capsys, monkeypatch, name, conte
 def test_a_crash_while_a_text_is_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), files.whole(path) as unfinished:
+    with pytest.raises(ZeroDivisionError), files.atomic_write(path) as unfinished:
         unfinished.write_text("half")
         assert path.read_text() == "old"
         1 / 0

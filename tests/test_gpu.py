@@ -240,7 +240,7 @@ def logps_and_gradient(args, place, train):
         sides = torch.tensor([1.0, -1.0], device=sums.device).repeat(len(sums) // 2)
         (sides * sums / lengths).sum().backward()
         logps.append(sums / lengths.sqrt())  # as the errors of its tokens add up: a random walk
-    gradient = [common.gathered(parameter.grad).flatten() for parameter in model.parameters()]
+    gradient = [common.full_tensor(parameter.grad).flatten() for parameter in model.parameters()]
     return [torch.cat(x).detach().cpu().double() for x in (logps, gradient)]
 
 

@@ -180,7 +180,7 @@ def test_a_broken_file_is_refused(tmp_path, capsys):
 
 def full(start):
     parameters = start.model.hf_model.named_parameters()
-    return {name: common.gathered(parameter.detach()) for name, parameter in parameters}
+    return {name: common.full_tensor(parameter.detach()) for name, parameter in parameters}
 
 
 def test_without_weights_the_seed_draws_them(tmp_path):

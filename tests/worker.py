@@ -68,7 +68,7 @@ class Recorder(torch.optim.AdamW):
     def step(self):
         if Recorder.gradients is None:
             parameters = self.param_groups[0]["params"]
-            whole = [common.gathered(parameter.grad).cpu() for parameter in parameters]
+            whole = [common.full_tensor(parameter.grad).cpu() for parameter in parameters]
             Recorder.gradients = {str(i): gradient for i, gradient in enumerate(whole)}
             own = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
             Recorder.shard_size = sum(shard.numel() for shard in own)
