@@ -17,8 +17,8 @@ The slope of r along a is beta exp(-alpha a): alpha > 0 pulls most at unlikely c
 
 Departures from the paper: the loss is its own, by expm1, as 1 - exp(-alpha a) loses all digits near
 alpha 0. Its Eq. 10 (Corollary 3.3) is wrong: Eq. 27 inverts the fraction of Eq. 26. Misprints:
-section 3.1 defines pi_l by y_w; section 3.3 says larger |alpha| "close to 0" where it means
-smaller; Illustration 1 cuts 1.640 and 5.606e-11 off to 1.63 and 5.60e-11. The defaults are Table
+section 3.1 defines pi_l by y_w; section 3.3 says larger |alpha| "close to 0" and seems to mean
+smaller; Illustration 1 cuts 1.6398 and 5.606e-11 off to 1.63 and 5.60e-11. The defaults are Table
 3's for Mistral, with the learning rate of Llama 3.
 
     python alphapo.py --model MODEL_FOLDER --dataset DATA_FOLDER --max_steps 100

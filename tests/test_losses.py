@@ -493,8 +493,8 @@ def along_v(log_w, log_l, **knobs):
     return abs(along_w / math.exp(log_w) + along_l / math.exp(log_l))
 
 
-# AlphaPO's illustrations: alpha, then |d loss / dv|, T1 and T2, rounded. The paper cuts two numbers
-# of the first off instead: it prints 1.63 for 1.640 (alpha 0.25), 5.60e-11 for 5.606e-11 (alpha 2).
+# AlphaPO's illustrations: alpha, then |d loss / dv|, T1 and T2, rounded. Two numbers of the first
+# are cut off instead: the paper has 1.63 for 1.6398 (alpha 0.25) and 5.60e-11 for 5.606e-11 (2).
 ILLUSTRATION_1 = [
     (-2.0, "0.11", "0.49", "0.23"),
     (0.0, "1.26", "0.27", "4.67"),
