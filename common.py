@@ -298,7 +298,8 @@ load_chats = partial(load_splits, encode=data.encode_chat)  # `messages`, or one
 
 # ---- Attention ----
 def packed_attention(module, query, key, value, attention_mask, scaling, batch=None, **options):
-    """What transformers calls in every layer: a response attends causally to its prompt and itself.
+    """What transformers calls in every layer, with the `batch` that packed_hidden gave the model: a
+    response attends causally to its prompt and itself.
     query (1, heads, T, d), key and value (1, kv_heads, T, d) -> (1, T, heads, d), None."""
     if attention_mask is not None or batch is None:
         raise ValueError("its attention makes its own mask or gets no arguments")
@@ -326,8 +327,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling, batch=N
 
 
 def response_attention(query, key, value, scaling, window, softcap):
-    """Of one response: query (Q, heads, d) belongs to the last Q of the K positions of key and
-    value (K, kv_heads, d). Returns (Q, heads, d)."""
+    """Of one response: query (Q, heads, d) is of the last Q of the K positions that key and value
+    (K, kv_heads, d) have. Returns (Q, heads, d)."""
     queries, keys = len(query), len(key)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, _, d)
     mask = None
@@ -523,8 +524,8 @@ class TokenLogps(torch.autograd.Function):
         d logp / d weight = (d logp / d z).T @ hidden
 
     Soft-capping, z = c tanh(z' / c), gives the first line a factor d z / d z' = 1 - (z / c)^2.
-    Autograd would keep z and its softmax in float32, (N, V) each. Here a part of the tokens at a
-    time is in float32; z' is kept in the compute dtype, and overwritten with its gradient."""
+    Autograd would keep z and its softmax in float32, (N, V) each. Here they are float32 for a slice
+    of the tokens at a time; z' is kept in the compute dtype, and overwritten by its gradient."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, entropy):
