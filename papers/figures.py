@@ -569,7 +569,7 @@ def draw(names, complete):
     titles = [title for title, (needed, *_) in SECTIONS.items() if set(needed) <= set(names)]
     parts = [section(title) for title in tqdm(titles, "draw", unit="figure")]
     if not complete:
-        return print("\n\n".join(parts))
+        return print("\n\n".join([*parts, f"drawn in {HERE / 'figures'}"]))
     runs = [run for name in plans.PLANS["plans"] for run in plans.plan(name)]
     runs += [run for method in plans.PLANS["methods"] for run in plans.chosen(method)]
     runs = list(dict.fromkeys(runs))

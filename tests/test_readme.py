@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import re
 import shlex
 import sys
@@ -13,6 +14,7 @@ import torch
 from test_scripts_match import SHARED, SHIPPED
 
 import common
+import dpo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -59,6 +61,13 @@ def test_the_first_screen_has_the_commands():
     assert any("spo.py --config recipes/toy.yaml && python toy/score.py" in line for line in first)
     assert any("python -m pytest" in line for line in first)
     assert any(line == "    torchrun --nproc_per_node 8 spo.py --beta 0.1" for line in first)
+
+
+def test_the_loss_that_is_shown_is_the_code():
+    (shown,) = re.findall(r"```python\n(.+?)```", README, re.S)
+    code = inspect.getsource(dpo.preference_loss)
+    docstring = re.search(r'    """.+?"""\n', code, re.S)[0]
+    assert shown == code.replace(docstring, "")
 
 
 def test_settings_that_are_named_exist():
