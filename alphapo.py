@@ -13,7 +13,7 @@ https://arxiv.org/abs/2405.14734v3), exactly.
 Minimum: none; the loss falls towards 0 as r(y_w) - r(y_l) grows. For alpha < 0 without a reference,
 r lies between beta / alpha and 0, so that the loss stays above log(1 + exp(gamma + beta / alpha)).
 The slope of r along a is beta exp(-alpha a): alpha > 0 pulls most at unlikely completions, alpha <
-0 at likely ones. Where -alpha a nears 88, float32 overflows, and the run stops before that update.
+0 at likely ones. Where -alpha a nears 86, float32 overflows, and the run stops before that update.
 
 Departures from the paper: the loss is its own, by expm1, as 1 - exp(-alpha a) loses all digits near
 alpha 0. Its Eq. 10 (Corollary 3.3) is wrong: Eq. 27 inverts the fraction of Eq. 26. Misprints:

@@ -8,7 +8,7 @@ first step. A log-prob is the sum over the completion's tokens, its end token in
 
 Minimum: none for e = 0, where the loss falls towards 0 as h grows without bound. For e > 0 it is at
 h = log((1 - e) / e) / beta. The DPO baseline of the second SPO paper (section 5.1, Eq. 12) is the
-better of e = 0.1 and e = 0; it does not say which.
+better of e = 0.1 and e = 0; it does not say plainly which.
 
 Departures from the paper: label smoothing e ("conservative DPO", Mitchell 2023,
 https://ericmitchell.ai/cdpo.pdf); AdamW and a cosine schedule, as in the later papers, where the
