@@ -2,6 +2,7 @@
 turn. What is wrong with one is a ValueError."""
 
 import contextlib
+import datetime
 import re
 import signal
 from functools import cache
@@ -90,10 +91,19 @@ def to_ids(turns, tokenizer, header=False):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+DATE = datetime.date(2024, 7, 26)  # Llama's own; templates that write today's give never the same
+FIXED_DATE = "{% macro strftime_now(format) %}{{ format"  # transformers would pass no function
+FIXED_DATE += "".join(f" | replace('%{code}', '{DATE:%{code}}')" for code in "dbBmyYaAjHMSIp")
+FIXED_DATE += " }}{% endmacro %}"
+
+
 def render(turns, tokenizer, header):
     """The text of messages."""
-    options = dict(tokenize=False, add_generation_prompt=header)
-    options["date_string"] = "26 Jul 2024"  # Llama's own, or it writes today's: never the same rows
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = FIXED_DATE + template
+    options = dict(tokenize=False, add_generation_prompt=header, chat_template=template)
+    options["date_string"] = f"{DATE:%d %b %Y}"  # of Llama's
     with time_limit(TEMPLATE_SECONDS):
         return tokenizer.apply_chat_template(turns, **options)
 

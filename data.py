@@ -78,8 +78,7 @@ class Split:
 
 
 def tokenize(split, encode, tokenizer, args):
-    """(a Split, what was kept, cut and dropped in words). Tokenized by parallel processes, and
-    once: `datasets` keeps the result under a hash of the rows, the tokenizer and the code."""
+    """(a Split, what was kept, cut and dropped in words)."""
     raw, source = dataset_files.read_rows(args.dataset, split, COLUMNS[encode])
     if args.max_rows:
         raw = raw.select(range(min(args.max_rows, len(raw))))
@@ -87,25 +86,13 @@ def tokenize(split, encode, tokenizer, args):
     inputs = [raw._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     inputs += [tokenizer.special_tokens_map, encode.__name__, settings]
     inputs += [Path(file).read_text() for file in (__file__, chat.__file__, dataset_files.__file__)]
-    options = dict(
-        batched=True,
-        with_indices=True,
-        remove_columns=raw.column_names,
-        fn_kwargs=dict(encode=encode, tokenizer=tokenizer, **settings),
-        features=FEATURES,
-        num_proc=min(os.cpu_count(), 32) if len(raw) >= 1000 else None,
-        new_fingerprint=hashlib.sha256(repr(inputs).encode()).hexdigest()[:32],
-        desc="tokenize",
-    )
+    options = dict(batched=True, remove_columns=raw.column_names, desc="tokenize")
+    options["fn_kwargs"] = dict(encode=encode, tokenizer=tokenizer, **settings)
     try:
-        try:
-            rows = raw.map(encode_rows, **options)
-            drop_reasons = rows["dropped"][:]
-        except (OSError, pyarrow.ArrowInvalid):  # a file of the cache is damaged
-            rows = raw.map(encode_rows, load_from_cache_file=False, **options)
-            drop_reasons = rows["dropped"][:]
+        rows = map_once(raw, encode_rows, inputs, **options)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    drop_reasons = rows["dropped"][:]
     kept = rows.select([i for i, reason in enumerate(drop_reasons) if not reason])
     counts = Counter(reason or "kept" for reason in drop_reasons)
     counts.update(note for notes in kept["notes"][:] for note in notes)
@@ -113,9 +100,22 @@ def tokenize(split, encode, tokenizer, args):
     if len(kept) == 0:
         raise ValueError(f"{source}: no row is left to use: {summary}")
     if counts[PLAIN]:
-        summary += "\nWARNING: plain strings skip the model's chat template, unless "
-        summary += "--apply_chat_template makes messages of them"
+        summary += "\nWARNING: plain strings skip the model's chat template: --apply_chat_template"
     return Split(kept, source), f"{source}: {len(raw)} rows: {summary}"
+
+
+def map_once(rows, function, key, **options):
+    """`rows.map` with indices, by parallel processes. `datasets` keeps the result under a hash of
+    `key`: all that it depends on, as rows, tokenizer, settings and code."""
+    processes = min(os.cpu_count(), 32) if len(rows) >= 1000 else None
+    options |= dict(with_indices=True, features=FEATURES, num_proc=processes)
+    options["new_fingerprint"] = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+    try:
+        mapped = rows.map(function, **options)
+        mapped["notes"][:]
+        return mapped
+    except (OSError, pyarrow.ArrowInvalid):  # a file of the cache is damaged
+        return rows.map(function, load_from_cache_file=False, **options)
 
 
 def show_example(split, tokenizer):

@@ -2,6 +2,7 @@
 wrong with one of others is a ValueError that names its row, counted from 1."""
 
 import fcntl
+import fnmatch
 import hashlib
 import json
 import os
@@ -92,18 +93,17 @@ def warn_once(message):
 PROMPTS = [{"chosen"}, {"prompt"}, {"messages"}, {"instruction"}, {"turns"}]
 
 
-def prompt_of(row):
+def prompt_of(row, apply_chat_template=False):
     """The prompt as in training: that of the row's `chosen`, `completion` or else of any answer.
-    Of `messages` all but a last answer, of `turns` the first one, of `instruction` the text."""
+    Of `messages` all but a last answer, of `turns` the first one. An `instruction` is a message."""
     row = {name: value for name, value in row.items() if value is not None}
-    if "instruction" not in row:
-        row = dataset_files.standard_row(row)
+    row = dataset_files.standard_row(row, apply_chat_template or "instruction" in row)
     if not row.keys() & {"chosen", "prompt"}:
         if "messages" in row:
             messages = chat.messages_of(row["messages"], "user", "messages")
             *earlier, last = chat.check_turns(messages, "messages")
             return earlier if last["role"] == "assistant" else messages
-        asked = row["instruction"] if "instruction" in row else row["turns"][0]
+        asked = row["turns"][0]
         row["prompt"] = asked["content"] if isinstance(asked, dict) else asked
     any_answer = [dict(role="assistant", content="")]
     row = dict(chosen=row.get("completion", any_answer)) | row
@@ -144,16 +144,19 @@ def read_answers(path):
 
 
 def read_labels(path):
-    """([(prompt as messages, a, b, verdict)] of rows with these columns, {hash of the texts:
-    verdict} of a journal of verdicts). A verdict is "a", "b" or "tie"."""
-    people, journal = [], {}
-    for number, row in enumerate(read_rows(path), 1):
+    """([(prompt as messages, a, b, verdict)] of rows with these columns, {hash of the texts: {key:
+    verdict}} of journals of verdicts: of `verdicts.0.jsonl` and those of the other processes beside
+    it, in which each judge has keys of its own). A verdict is "a", "b" or "tie"."""
+    people, journal, paths = [], {}, [Path(path)]
+    if fnmatch.fnmatch(Path(path).name, "verdicts.*.jsonl"):
+        paths = sorted(Path(path).parent.glob("verdicts.*.jsonl"))
+    for number, row in enumerate([row for path in paths for row in read_rows(path)], 1):
         if "texts" in row and "error" in row:
             continue
         if row.get("verdict") not in ("a", "b", "tie"):
             raise ValueError(f"row {number}: its verdict must be a, b or tie")
         if "texts" in row:
-            journal[row["texts"]] = row["verdict"]
+            journal.setdefault(row["texts"], {})[row["key"]] = row["verdict"]
         elif isinstance(row.get("a"), str) and isinstance(row.get("b"), str):
             prompt = chat.messages_of(row.get("prompt"), "user", f"row {number}: prompt")
             people.append((prompt, row["a"], row["b"], row["verdict"]))

@@ -75,6 +75,7 @@ class Args:
     labels: str = HfArg(default="", help="labelled pairs, or another judge's journal, to compare")
     dataset: str = HfArg(default="HuggingFaceH4/ultrafeedback_binarized", help="hub name or path")
     eval_split: str = HfArg(default="test_prefs", help="split that has the prompts")
+    apply_chat_template: bool = HfArg(default=False, help="wrap plain strings in the chat template")
     output_dir: str = HfArg(default=f"runs/{Path(__file__).stem}", help="folder of the run")
     num_prompts: int = HfArg(default=200, help="how many prompts, chosen by seed")
     max_length: int = HfArg(default=2048, help="tokens, prompt and response; drops longer prompts")
@@ -188,7 +189,7 @@ def load_prompts(contestants, args):
         for i in np.random.default_rng(args.seed).permutation(len(rows)).tolist():
             row = rows[i]
             with common.user_errors(f"--dataset {source}: row {i}"):
-                prompt = eval_files.prompt_of(row)
+                prompt = eval_files.prompt_of(row, args.apply_chat_template)
                 text, key = text_of(prompt), digest(prompt)
                 if not all(text in answers for answers in answered):
                     left_out["lacking in a file of --models"] += 1
@@ -461,7 +462,9 @@ class LocalJudge(Judge):
         tokenizer = self.model.tokenizer
         if not tokenizer.chat_template:
             common.fail(f"--judge {args.judge}: its tokenizer has no chat template")
-        self.id = digest(self.model.fingerprint, self.wording, self.temperature)
+        texts = tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()
+        on_gpu = torch.cuda.is_available()  # in bfloat16
+        self.id = digest(self.model.fingerprint, *texts, self.wording, self.temperature, on_gpu)
         # Not all control tokens are special ones. Runs of spaces and single words are none.
         added = {i: x for i, x in tokenizer.added_tokens_decoder.items() if len(x.content) > 1}
         added = {i: x for i, x in added.items() if x.special or not x.content.isalnum()}
@@ -497,11 +500,8 @@ class EndpointJudge(Judge):
     """A model at an OpenAI-compatible server, asked by several threads."""
 
     def __init__(self, args):
-        self.args, self.endpoint, self.wording = (
-            args,
-            eval_endpoint.Endpoint(args),
-            read_wording(args),
-        )
+        self.args, self.wording = args, read_wording(args)
+        self.endpoint = eval_endpoint.Endpoint(args)
         self.faults = self.endpoint.faults
         self.id = digest(self.endpoint.url, args.judge, self.wording, args.judge_temperature)
         if not args.yes and not sys.stdin.isatty():
@@ -578,20 +578,25 @@ def read_labels(args):
 def match_labels(judge, labels, cells, asks):
     """[(keys of a pair's two orders, the two verdicts that it is labelled with)]. labels: as
     eval_files.read_labels gives them. Those by people are added to the asks."""
-    people, other = labels
-    pairs, mirrored = {}, {"a": "b", "b": "a", "tie": "tie"}
-    for prompt, a, b, verdict in people:
+    people, journal = labels
+    labelled, mirrored = [], {"a": "b", "b": "a", "tie": "tie"}
+    for prompt, a, b, verdict in people:  # a pair may come several times, from several people
         orders = [(prompt, a, b), (prompt, b, a)]
         keys = [digest(judge.id, *ask) for ask in orders]
         asks |= zip(keys, orders, strict=True)
-        pairs[frozenset(keys)] = keys, [verdict, mirrored[verdict]]
+        labelled.append((keys, [verdict, mirrored[verdict]]))
     for keys in [both for found in cells.values() for both in found if both]:
-        verdicts = [other.get(digest(*asks[key])) for key in keys]
+        verdicts = []
+        for key in keys:  # this judge's own verdicts may stand in the same journal
+            others = journal.get(digest(*asks[key]), {}).items()
+            verdicts.append([verdict for other, verdict in others if other != key])
+        if max(map(len, verdicts)) > 1:
+            common.fail("--labels has verdicts of several other judges: give a journal of one")
         if all(verdicts):
-            pairs.setdefault(frozenset(keys), (keys, verdicts))
-    if not pairs:
-        common.fail("--labels has no verdict on any pair of responses of this run")
-    return list(pairs.values())
+            labelled.append((keys, [verdict for (verdict,) in verdicts]))
+    if not labelled:
+        common.fail("--labels has no verdict of another on any pair of responses of this run")
+    return labelled
 
 
 def ask_judge(judge, asks, args):

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import common
+import files
+from eval_endpoint import plain
 
 # Two wins and two losses that intervals are made with, too (Agresti and Coull, 1998). The interval
 # of 50 wins in 50 prompts would have no width without them.
@@ -98,10 +100,10 @@ def score(both):
     return (worth[both[0]] + 1 - worth[both[1]]) / 2 if both else 0.5
 
 
-def compare(found, lengths):
+def compare(found, lengths, categories=1):
     """{(row, column): figures} of the pairs, but for those of fewer than two prompts. found:
     {(row, column): for each prompt its verdicts, as `score` takes them}. lengths: {name: (n,)}, in
-    characters."""
+    characters. categories: how many such comparisons there are."""
     scores = np.array([[score(both) for both in prompts] for prompts in found.values()])
     gaps = np.stack([lengths[column] - lengths[row] for row, column in found])
     controlled, cells = length_controlled(scores, gaps), {}
@@ -114,7 +116,7 @@ def compare(found, lengths):
         cell = dict(n=len(known), win_rate=rate, standard_error=error, low=low, high=high)
         cell |= dict(p=sign_flip_p(known)) | lc | habits(prompts)
         for name in ("", "lc_"):  # Bonferroni's correction
-            cell[f"{name}significant"] = cell[f"{name}p"] * len(found) < 0.05
+            cell[f"{name}significant"] = cell[f"{name}p"] * len(found) * categories < 0.05
         far_apart = bool(abs(gap.mean()) > gap.std(ddof=1))  # no prompts are like equal lengths
         cells[pair] = cell | dict(lc_doubtful=not 25 <= rate <= 75 or far_apart, verdicts=prompts)
     return cells
@@ -181,13 +183,13 @@ def make_report(judge, cells, verdicts, responses, questions, args):
     compared = compare(found, lengths)
     if len(compared) < len(cells):
         common.fail("fewer than two prompts have both verdicts")
-    kinds, categories = [question["category"] for question in questions], {}
-    for kind in dict.fromkeys(kinds):
-        places = [i for i, other in enumerate(kinds) if other == kind]
-        if kind is not None and 2 <= len(places) < len(kinds):
-            part = {pair: [prompts[i] for i in places] for pair, prompts in found.items()}
-            part = compare(part, {name: x[places] for name, x in lengths.items()})
-            categories[kind] = as_matrix(part, responses)
+    kinds, categories = Counter(question["category"] for question in questions), {}
+    shown = [kind for kind, n in kinds.items() if kind is not None and 2 <= n < len(questions)]
+    for kind in shown:
+        places = [i for i, question in enumerate(questions) if question["category"] == kind]
+        part = {pair: [prompts[i] for i in places] for pair, prompts in found.items()}
+        part = compare(part, {name: x[places] for name, x in lengths.items()}, len(shown))
+        categories[kind] = as_matrix(part, responses)
     report = dict(settings=vars(args), pairs=list(cells), groups=groups(responses, args.baseline))
     report["models"] = {name: describe(lines) for name, lines in responses.items()}
     report |= dict(matrix=as_matrix(compared, responses), categories=categories)
@@ -304,7 +306,7 @@ def markdown(report):
     parts = [table(text["models"]), f"{rates} pairs]; * significant at 5 % (Bonferroni)"]
     for kind, matrix in {"": report["matrix"], **report["categories"]}.items():
         for group, names in report["groups"].items():
-            title = ", ".join(filter(None, (group, kind and f"category {kind}")))
+            title = ", ".join(filter(None, (group, kind and f"category {plain(kind)}")))
             parts += [f"\n{title}"] * bool(title) + [table(grid(matrix, names, baseline))]
     controlled = "Length-controlled: AlpacaEval's formulation without instruction difficulty, with"
     controlled += " one weight of length for all pairs; ? to be doubted, as the win rate is outside"
@@ -351,6 +353,7 @@ def write_outputs(questions, responses, args):
     outputs, arena = Path(args.output_dir) / "model_outputs", Path(args.output_dir) / "arena_hard"
     for folder in (outputs, arena / "model_answer"):
         folder.mkdir(parents=True, exist_ok=True)
+    read = [Path(model.partition("=")[2]).resolve() for model in args.models]
     known = [dict(x, category=x["category"] or "hard_prompt") for x in questions]
     write_lines(arena / "question.jsonl", known)
     for name, lines in responses.items():
@@ -362,7 +365,10 @@ def write_outputs(questions, responses, args):
             turns.append(dict(role="assistant", content={"answer": answer}))
             style = {"token_len": line["tokens"] or len(answer) // 4} | markdown_counts(answer)
             answers.append(dict(uid=question["uid"], model=name, messages=turns, metadata=style))
-        (outputs / f"{name}.json").write_text(json.dumps(rows, indent=1))
+        path = outputs / f"{name}.json"
+        if path.resolve() not in read:  # an answer file, which may have answers to other prompts
+            with files.atomic_write(path) as unfinished:
+                unfinished.write_text(json.dumps(rows, indent=1))
         write_lines(arena / "model_answer" / f"{name}.jsonl", answers)
 
 

@@ -33,8 +33,6 @@ which is one more forward pass, without gradients.
     diff dpo.py kto.py
 """
 
-import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -137,16 +135,8 @@ def mismatch(split, args):
         whole = dict(empty=False, notes={}, max_length=args.max_length)
         return data.finish_example(row["prompt"], **completion, **whole)
 
-    # `datasets` keeps the result under a hash of all that goes into it.
-    key = repr([split.rows._fingerprint, args.seed, Path(__file__).read_text()])
-    rows = split.rows.map(
-        swap,
-        with_indices=True,
-        features=data.FEATURES,
-        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-        num_proc=min(os.cpu_count(), 32) if len(split) >= 1000 else None,
-        desc="mismatch",
-    )
+    key = [split.rows._fingerprint, args.seed, Path(__file__).read_text()]  # all that goes into it
+    rows = data.map_once(split.rows, swap, key, desc="mismatch")
     cut = sum(map(bool, rows["notes"]))
     pairs = f"{len(rows)} mismatched pairs for z0, {cut} of them cut to max_length"
     common.print0(f"{split.source}: {pairs}")

@@ -136,6 +136,6 @@ def generation_config(name, tokenizer):
     if tokenizer.chat_template:
         turns = [dict(role="user", content="?"), dict(role="assistant", content="!")]
         end = chat.ensure_end_token(chat.to_ids(turns, tokenizer), tokenizer)[-1]
-        own_ends = np.atleast_1d(config.eos_token_id or end).tolist()
-        config.eos_token_id = sorted({end, *own_ends})
+        own = end if config.eos_token_id is None else config.eos_token_id  # one or several
+        config.eos_token_id = sorted({end, *np.atleast_1d(own).tolist()})
     return config

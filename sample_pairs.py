@@ -72,6 +72,7 @@ class Args:
     dataset: str = HfArg(default="HuggingFaceH4/ultrafeedback_binarized", help="hub name or path")
     train_split: str = HfArg(default="train_prefs", help="split that has the prompts")
     eval_split: str = HfArg(default="test_prefs", help="that of held-out prompts; empty for none")
+    apply_chat_template: bool = HfArg(default=False, help="wrap plain strings in the chat template")
     output_dir: str = HfArg(default=f"runs/{Path(__file__).stem}", help="--dataset of the training")
     num_prompts: int = HfArg(default=0, help="of each split, chosen by seed; 0 takes all")
     max_length: int = HfArg(default=2048, help="tokens, prompt and answer; drops longer prompts")
@@ -143,8 +144,8 @@ def load_prompts(model, split, args):
     """The different prompts of a split, as message lists, in an order that the seed gives."""
     prompts, _ = eval_judge.load_prompts({"": model}, dataclasses.replace(args, eval_split=split))
     if any(prompt[0]["role"] == chat.TEXT for prompt in prompts):
-        form = '[{"role": "user", "content": "..."}]'
-        common.fail(f"--dataset: {split} has plain text; it needs prompts of the form {form}")
+        how = "--apply_chat_template makes messages of it"
+        common.fail(f"--dataset: {split} has plain text; {how}")
     return prompts
 
 
@@ -209,7 +210,9 @@ class ClassifierReward:
             if outputs != 1:
                 raise ValueError(f"it has {outputs} outputs, and a reward model has one")
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-            self.id = digest(model_files.start_fingerprint(self.name, seed=None))
+            parts = [model_files.start_fingerprint(self.name, seed=None), torch.cuda.is_available()]
+            parts += [self.tokenizer.chat_template, self.tokenizer.backend_tokenizer.to_str()]
+            self.id = digest(*parts)
 
     @cached_property
     def network(self):

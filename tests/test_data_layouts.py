@@ -32,6 +32,7 @@ import common
 import data
 import dataset_files
 import dpo
+import kto
 
 FIXTURES = cache, counted, load, refusal  # pytest finds them by these names
 THEIRS = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -191,6 +192,18 @@ def test_a_damaged_cache_is_made_anew(which, load, cache, tmp_path):
         file.unlink()  # what has it open keeps the old one
         file.write_bytes(content[: len(content) // 2])
     assert load(common.load_pairs, path).rows[:] == first.rows[:]
+
+
+def test_a_damaged_cache_of_mismatched_pairs_is_made_anew(load, cache, tmp_path):
+    rows = [dict(prompt=f"q{i}", completion=f" r{i}", label=True) for i in range(50)]
+    split = load(common.load_unpaired, write_lines(tmp_path / "rows.jsonl", rows))
+    before = set(cache.rglob("*.arrow"))
+    first = kto.mismatch(split, kto.Args()).rows[:]
+    (file,) = set(cache.rglob("*.arrow")) - before
+    content = file.read_bytes()
+    file.unlink()  # what has it open keeps the old one
+    file.write_bytes(content[: len(content) // 2])
+    assert kto.mismatch(split, kto.Args()).rows[:] == first
 
 
 def test_max_rows_takes_the_first_rows_of_each_split(tmp_path):

@@ -163,6 +163,15 @@ def test_answer_that_begins_like_the_form_of_the_last_one_is_scored_whole(load):
     assert scored_texts(split, tokenizer) == [expected]
 
 
+def test_a_template_that_writes_the_date_gives_the_same_rows_each_day(load):
+    template = "{% macro today() %}{{ strftime_now('%Y-%m-%d') }}{% endmacro %}"
+    template += "{{ today() }} {% if strftime_now is defined %}{{ strftime_now('%B') }}{% endif %}"
+    template += " {{ date_string }}"
+    tokenizer = tiny.tokenizer(template + tiny.CHATML)
+    [row] = rows_of(load(common.load_pairs, [PAIR], tokenizer))
+    assert tokenizer.decode(row["prompt"]).startswith("2024-07-26 July 26 Jul 2024")
+
+
 def test_columns_that_parquet_fills_with_none_do_not_reach_the_template(load, tmp_path):
     template = (
         "{% for message in messages if 'tool_calls' in message %}"

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import tiny
 from judging import by_rule, completion, endpoint, evaluate, journal, settings
+from transformers import AutoTokenizer
 
+import chat
 import eval_files
 import eval_judge
 import eval_report
@@ -50,10 +52,19 @@ def test_answers_of_others(tmp_path):
         (dict(messages=[tiny.turn("user", "q")]), "q"),
         (dict(messages=[tiny.turn("user", "q"), tiny.turn("assistant", "r")]), "q"),
         (dict(prompt=None, messages=[tiny.turn("user", "q")], turns=None), "q"),
+        (dict(instruction="q", input="text", output="r"), "q\ntext"),  # Alpaca's
+        (dict(instruction="q", chosen="r", rejected="s"), "q"),
     ],
 )
 def test_prompts_of_benchmarks(row, prompt):
     assert eval_files.prompt_of(row) == [tiny.turn("user", prompt)]
+
+
+def test_plain_strings_become_messages_as_in_training():
+    row = dict(prompt="q", system="s", chosen="r", rejected="x")
+    turns = [tiny.turn("system", "s"), tiny.turn("user", "q")]
+    assert eval_files.prompt_of(row, apply_chat_template=True) == turns
+    assert eval_files.prompt_of(dict(prompt="q", chosen="r"))[0]["role"] == chat.TEXT
 
 
 def test_prompts_are_read_from_a_benchmarks_file(models, world, tmp_path):
@@ -158,6 +169,7 @@ def test_a_judge_is_checked_without_models(world, models, tmp_path, capsys):
     are the same, and by chance 1/2 * 1/4 + 1/4 * 1/2 + 1/4 * 1/4 = 5/16."""
     people = [("x y", "x", "a"), ("x", "x y", "b"), ("x", "z", "tie"), ("x y", "z", "b")]
     rows = [dict(prompt=f"q{i}", a=a, b=b, verdict=v) for i, (a, b, v) in enumerate(people)]
+    rows += rows  # two people who agree: of each pair both labels count
     labels = write(tmp_path / "labels.jsonl", rows)
     args = settings(world, models, tmp_path / "out", labels=labels, models=[])
     eval_judge.main(eval_judge.Args(**args))
@@ -166,7 +178,7 @@ def test_a_judge_is_checked_without_models(world, models, tmp_path, capsys):
     figures = dict(
         zip([x.strip("| ") for x in header], [x.strip("| ") for x in figures], strict=True)
     )
-    assert (figures["labelled"], figures["agreement, %"]) == ("4", "75.0")
+    assert (figures["labelled"], figures["agreement, %"]) == ("8", "75.0")
     assert float(figures["kappa"]) == pytest.approx((3 / 4 - 5 / 16) / (1 - 5 / 16), abs=1e-3)
     assert len(journal(tmp_path / "out")) == 8
 
@@ -182,16 +194,54 @@ def test_a_judge_is_compared_with_another_ones_journal(world, models, generated,
     assert report["judge"]["labelled"] == 20 == len(cell)
     assert report["judge"]["agreement_percent"] == 100 * ties / 20
     assert f"| {100 * ties / 20:.4g} |" in capsys.readouterr().out
-    again = evaluate(
-        world, models, tmp_path / "two", num_prompts=20, labels=f"{tmp_path}/two/verdicts.0.jsonl"
-    )
-    assert (again["judge"]["agreement_percent"], again["judge"]["kappa"]) == (100, 1)
+    # The same where both judges' verdicts are in one folder, and split as by two processes.
+    options = dict(num_prompts=20, labels=str(other))
+    lines = [*journal(tmp_path / "one"), *journal(tmp_path / "two")]
+    write(other, lines[::2])
+    write(tmp_path / "one/verdicts.1.jsonl", lines[1::2])
+    again = evaluate(world, models, tmp_path / "two", **options)
+    assert again["judge"]["agreement_percent"] == 100 * ties / 20
+    third = [line | {"key": f"third {line['key']}"} for line in lines]
+    for found, error in (
+        (lines + third, "verdicts of several other judges"),
+        (journal(tmp_path / "two"), "no verdict of another"),  # its own alone
+    ):
+        labels = write(tmp_path / "labels.jsonl", found)
+        with pytest.raises(SystemExit):
+            evaluate(world, models, tmp_path / "two", **options | dict(labels=labels))
+        assert error in capsys.readouterr().err
     shutil.copy(other, tmp_path / "old.jsonl")
     lines = [{k: v for k, v in line.items() if k != "texts"} for line in journal(tmp_path / "one")]
     write(tmp_path / "old.jsonl", lines)
     with pytest.raises(SystemExit):
         evaluate(world, models, tmp_path / "two", labels=f"{tmp_path}/old.jsonl")
     assert "row 1: it needs prompt, a, b and verdict" in capsys.readouterr().err
+
+
+def test_a_file_of_answers_is_not_written_over(world, models, generated, tmp_path):
+    """Though it lies where this run's own answers go, and has more than these."""
+    shutil.copytree(generated, tmp_path / "out")
+    path = tmp_path / "out/model_outputs/one.json"
+    before = path.read_text()
+    names = [f"one={path}", f"two={models}/m1"]
+    evaluate(world, models, tmp_path / "out", models=names, num_prompts=5)
+    assert path.read_text() == before and len(json.loads(before)) == 30
+    assert len(json.loads((path.parent / "two.json").read_text())) == 5
+
+
+@pytest.mark.parametrize("what", ["template", "tokenizer"])
+def test_a_judges_template_and_tokenizer_are_part_of_it(what, models, tmp_path):
+    judge = shutil.copytree(models / "m0", tmp_path / "judge")
+    args = eval_judge.Args(judge=str(judge), models=["one=1", "two=2"])
+    before = eval_judge.LocalJudge(args).id
+    assert eval_judge.LocalJudge(args).id == before
+    tokenizer = AutoTokenizer.from_pretrained(judge)
+    if what == "template":
+        tokenizer.chat_template += " "
+    else:
+        tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(judge)
+    assert eval_judge.LocalJudge(args).id != before
 
 
 def test_another_wording_is_another_judge(world, models, generated, tmp_path, serve, capsys):

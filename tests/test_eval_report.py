@@ -382,6 +382,20 @@ def test_each_category_has_a_matrix(tmp_path):
     assert f"| x | – | {report['categories']['verse']['x']['y']['shown']['win_rate']} |" in printed
 
 
+def test_stars_of_categories_are_corrected_for_their_number(tmp_path):
+    """6 of 6 won: p is 2 / 2^6 = 0.031 in each of two categories, and 2 / 2^12 over both. A name
+    of theirs that a terminal would obey is printed without what it obeys."""
+    found = {("x", "y"): [WON] * 12}
+    kinds = ["code"] * 6 + ["\x1b]0;verse"] * 6
+    report, _ = small_report(tmp_path, "xy", [("x", "y")], found, kinds)
+    assert report["matrix"]["x"]["y"]["significant"]
+    cells = [x["x"]["y"] for x in report["categories"].values()]
+    assert [cell["p"] for cell in cells] == [pytest.approx(2 / 64)] * 2
+    assert not any(cell["significant"] for cell in cells)
+    printed = eval_report.markdown(report)
+    assert "category code" in printed and "verse" in printed and "\x1b" not in printed
+
+
 def test_tokens_and_cost_are_the_servers(tmp_path):
     """1,000 tokens read at 2 a million and 40 written at 10 a million: 0.0024. What a server gives
     in another form is not counted."""

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 import dpo
+import eval_judge
 import files
 
 
@@ -287,6 +288,15 @@ def test_a_generation_config_that_transformers_refuses_to_save_is_kept(world, tm
     dpo.main(dpo.Args(**options))
     saved = json.loads((tmp_path / "run/generation_config.json").read_text())
     assert saved["temperature"] == 0.6 and 2 in saved["eos_token_id"]
+
+
+def test_an_end_token_may_have_id_0(world, tmp_path):
+    shutil.copytree(f"{world}/llama", tmp_path / "model")
+    config = json.loads((tmp_path / "model/generation_config.json").read_text())
+    path = tmp_path / "model/generation_config.json"
+    path.write_text(json.dumps(config | {"eos_token_id": 0}))
+    model = eval_judge.open_model(str(tmp_path / "model"))
+    assert model.ends == [0, model.tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_a_generation_config_that_cannot_be_read_ends_the_run_at_its_start(
