@@ -156,7 +156,7 @@ def read_labels(path):
         if row.get("verdict") not in ("a", "b", "tie"):
             raise ValueError(f"row {number}: its verdict must be a, b or tie")
         if "texts" in row:
-            journal.setdefault(row["texts"], {})[row["key"]] = row["verdict"]
+            journal.setdefault(row["texts"], {})[row.get("key")] = row["verdict"]
         elif isinstance(row.get("a"), str) and isinstance(row.get("b"), str):
             prompt = chat.messages_of(row.get("prompt"), "user", f"row {number}: prompt")
             people.append((prompt, row["a"], row["b"], row["verdict"]))

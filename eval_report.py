@@ -306,7 +306,7 @@ def markdown(report):
     parts = [table(text["models"]), f"{rates} pairs]; * significant at 5 % (Bonferroni)"]
     for kind, matrix in {"": report["matrix"], **report["categories"]}.items():
         for group, names in report["groups"].items():
-            title = ", ".join(filter(None, (group, kind and f"category {plain(kind)}")))
+            title = ", ".join(filter(None, (group, kind and f"category {plain(str(kind))}")))
             parts += [f"\n{title}"] * bool(title) + [table(grid(matrix, names, baseline))]
     controlled = "Length-controlled: AlpacaEval's formulation without instruction difficulty, with"
     controlled += " one weight of length for all pairs; ? to be doubted, as the win rate is outside"
