@@ -472,8 +472,8 @@ def by_request():
         start, alphapo, simpo = np.array(grades)  # (requests,) each
         np.add.at(counts, (np.sign(alphapo - start) + 1, np.sign(simpo - start) + 1), 1)
     shares = 100 * counts / counts.sum()
-    figure, axis = plt.subplots(figsize=(4.2, 3.6))
-    axis.imshow(shares, cmap="Greys", vmin=0, vmax=100)
+    figure, axis = plt.subplots(figsize=(5, 3.6))
+    axis.imshow(shares, cmap="Greys", vmin=0, vmax=100, aspect="auto")
     for place, share in np.ndenumerate(shares):
         color = "white" if share > 50 else "black"
         axis.text(*place[::-1], f"{share:.1f}", ha="center", va="center", color=color)
