@@ -144,8 +144,8 @@ def load_prompts(model, split, args):
     """The different prompts of a split, as message lists, in an order that the seed gives."""
     prompts, _ = eval_judge.load_prompts({"": model}, dataclasses.replace(args, eval_split=split))
     if any(prompt[0]["role"] == chat.TEXT for prompt in prompts):
-        how = "--apply_chat_template makes messages of it"
-        common.fail(f"--dataset: {split} has plain text; {how}")
+        form = '[{"role": "user", "content": "..."}], which --apply_chat_template makes'
+        common.fail(f"--dataset: {split} has plain text; it needs prompts of the form {form}")
     return prompts
 
 
