@@ -567,6 +567,8 @@ def section(title):
 def draw(names, complete):
     """Draws the figures of these plans; where they are all, papers/results.md and results.json."""
     titles = [title for title, (needed, *_) in SECTIONS.items() if set(needed) <= set(names)]
+    if not complete:  # without what needs no run
+        titles = [title for title in titles if SECTIONS[title][0]]
     parts = [section(title) for title in tqdm(titles, "draw", unit="figure")]
     if not complete:
         return print("\n\n".join([*parts, f"drawn in {HERE / 'figures'}"]))

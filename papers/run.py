@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -101,7 +102,8 @@ def finish(runs, at_once, scored=True):
         batches = []  # a process scores so many runs, as its start takes longer than a model
         for _, same in itertools.groupby(sorted(unscored, key=seed), seed):
             same = list(same)
-            batches += [same[first : first + 6] for first in range(0, len(same), 6)]
+            size = min(6, math.ceil(len(same) / at_once))
+            batches += [same[first : first + size] for first in range(0, len(same), size)]
         list(tqdm(pool.map(score, batches), "score", len(batches), unit="batch"))
 
 

@@ -108,16 +108,19 @@ def test_each_method_has_the_same_number_of_settings_to_choose_from():
 
 def test_what_is_there_is_not_run_again(runs_folder, monkeypatch, capsys):
     runs = plans.runs_of(SPO)
-    trained, scored = [], []
+    trained, batches = [], []
     monkeypatch.setattr(runner, "train", trained.append)
-    monkeypatch.setattr(runner, "score", scored.extend)
+    monkeypatch.setattr(runner, "score", batches.append)
     for run in runs[:2]:  # the first is scored, too
         run.folder.mkdir(parents=True)
         write_config(run)
     write_scores(runs[0], good=0.5)
     runner.finish(runs + runs, at_once=1)
-    assert trained == runs[2:] and sorted(scored, key=runs.index) == runs[1:]
+    assert trained == runs[2:] and sorted(sum(batches, []), key=runs.index) == runs[1:]
     assert capsys.readouterr().out.startswith("6 runs: 4 to train, 5 models to score, about ")
+    batches.clear()  # models of one seed are shared among the processes
+    runner.finish([*plans.runs_of(SPO | dict(beta=[1, 2, 3], seeds=0))], at_once=2)
+    assert [len(batch) for batch in batches] == [2, 1]
     write_config(runs[0], learning_rate=1e-3)  # as after a change of recipes/toy.yaml
     with pytest.raises(SystemExit):
         runner.finish(runs, at_once=1)
@@ -247,6 +250,14 @@ def test_a_sweep_over_words_is_drawn(runs_folder, capsys):
     figures.draw_sweep(runs)
     assert "| 0.5 | simpo | 60.00 | 9.00 | 2.00 |" in capsys.readouterr().out
     assert (runs_folder / "sweep.png").stat().st_size > 10_000
+
+
+def test_a_plan_alone_draws_what_it_has_the_runs_for(made_up, capsys):
+    figures.draw(["beta"], complete=False)
+    printed = capsys.readouterr().out
+    assert printed.startswith("## StaPO, Appendix B") and printed.count("\n## ") == 0
+    assert printed.endswith(f"drawn in {made_up / 'figures'}\n")
+    assert not (made_up / "results.md").exists()
 
 
 def test_a_figure_says_its_question_and_its_place():
